@@ -7,8 +7,10 @@
 Whatever a user can get wrong raises UserError, which the scripts print as one line `error: ...` before they exit with status 2.
 """
 
+import contextlib
 import difflib
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -221,7 +223,7 @@ def load_dataset(task, source="auto", check_widths=True):
         data.sha256 = file_sha256(path)
         data.id = task.id if kind == "d4rl" else Path(path).stem
     data.source, data.path = kind, str(path)
-    if check_widths and task.domain:
+    if check_widths and task.domain and path != task.id:  # a Minari task's own data may be wider: Ant-v5 has 105 observations
         for name, have, want in zip(("observations", "actions"), (data.obs, data.act), WIDTHS[task.domain], strict=True):
             if have.shape[1] != want:
                 raise UserError(f"{path}: {name} have {have.shape[1]} entries, {task.id} has {want}; is it the file of another task?")
@@ -274,9 +276,9 @@ def _find(task, source):
 
 def download(url, path, size=None, sha256=None, timeout=10):
     """Fetch `url` to `path`; the file appears under its name only when it is complete and matches `size` and `sha256` (prefix)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=timeout) as response, open(part, "wb") as f:
             size = size or int(response.headers.get("Content-Length") or 0) or None
             digest = hashlib.sha256()
@@ -290,10 +292,11 @@ def download(url, path, size=None, sha256=None, timeout=10):
         if sha256 and not digest.hexdigest().startswith(sha256):
             raise UserError(f"{url}: sha256 {digest.hexdigest()[:16]} is not the known {sha256}; the server's file has changed")
         os.replace(part, path)
-    except (OSError, urllib.error.URLError, ValueError) as e:
+    except (OSError, http.client.HTTPException, ValueError) as e:
         raise UserError(f"cannot download {url}: {getattr(e, 'reason', e)}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def _read_hdf5(path, task):
@@ -305,24 +308,26 @@ def _read_hdf5(path, task):
     with f:
 
         def read(key, dtype, ndim, required=True):
-            if key not in f:
-                if required:
-                    raise UserError(f"{bad}has no array '{key}'; D4RL layout needs observations, actions, rewards, terminals")
-                return None
-            if not isinstance(f[key], h5py.Dataset) or f[key].dtype.kind not in "fiub":
-                raise UserError(f"{bad}'{key}' does not hold numbers")
-            shape = f[key].shape
-            if len(shape) == 2 and ndim == 1 and shape[1] == 1:  # (N, 1) is a common way to write rewards
-                shape = shape[:1]
-            if len(shape) != ndim:
-                raise UserError(f"{bad}'{key}' has shape {f[key].shape}, expected {ndim} dimension{'s'[: ndim - 1]}")
-            out = np.empty(f[key].shape, dtype)
             try:
+                if key not in f:
+                    if required:
+                        raise UserError(f"{bad}has no array '{key}'; D4RL layout needs observations, actions, rewards, terminals")
+                    return None
+                if not isinstance(f[key], h5py.Dataset) or f[key].dtype.kind not in "fiub":
+                    raise UserError(f"{bad}'{key}' does not hold numbers")
+                shape = f[key].shape or ()
+                if len(shape) == 2 and ndim == 1 and shape[1] == 1:  # (N, 1) is a common way to write rewards
+                    shape = shape[:1]
+                if len(shape) != ndim:
+                    raise UserError(f"{bad}'{key}' has shape {f[key].shape}, expected {ndim} dimension{'s'[: ndim - 1]}")
+                out = np.empty(f[key].shape, f[key].dtype if dtype is bool else dtype)  # HDF5 cannot turn float flags into bool
                 if out.size:
                     f[key].read_direct(out)  # converts on the fly: no second copy in the file's own precision
-            except OSError as e:
-                raise UserError(f"{bad}'{key}' is damaged ({str(e)[:80]}); is the file complete?") from None
-            return out.reshape(shape)
+            except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as e:  # h5py's answers to a damaged file
+                raise UserError(f"{bad}'{key}' cannot be read ({str(e)[:80]}); is the file complete?") from None
+            if dtype is bool and not ((out == 0) | (out == 1)).all():
+                raise UserError(f"{bad}'{key}' holds other values than 0 and 1")
+            return out.reshape(shape).astype(dtype, copy=False)
 
         obs = read("observations", np.float32, 2)
         act = read("actions", np.float32, 2)
@@ -335,15 +340,13 @@ def _read_hdf5(path, task):
     lengths = {k: len(v) for k, v in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{bad}arrays differ in length: {lengths}")
-    if not len(rew):
+    if not (obs.size and act.size):
         raise UserError(f"{bad}is empty")
     if next_obs is not None and next_obs.shape != obs.shape:
         raise UserError(f"{bad}next_observations have {next_obs.shape[1]} entries, observations {obs.shape[1]}")
     for k, v in arrays.items():
         if v.dtype == np.float32 and not np.isfinite(v).all():
             raise UserError(f"{bad}'{k}' holds NaN or inf in row {int(np.flatnonzero(~np.isfinite(v.reshape(len(v), -1)).all(1))[0])}")
-    if np.abs(act).max() > 1 + 1e-4:
-        raise UserError(f"{bad}actions reach {np.abs(act).max():.4g}, outside [-1, 1]; rescale them to the action box")
     if task.domain == "ant" and obs.shape[1] == 111:  # D4RL's contact forces are all zero, and today's Ant-v4 has none
         obs, next_obs = np.ascontiguousarray(obs[:, :27]), None if next_obs is None else np.ascontiguousarray(next_obs[:, :27])
     if task.domain == "maze2d" and (~obs.any(1)).any():
@@ -367,7 +370,16 @@ def _timeouts_from_horizon(terminals, max_steps):
 
 def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad):
     n = len(rew)
+    if np.abs(act).max() > 1 + 1e-4:
+        raise UserError(f"{bad}actions reach {np.abs(act).max():.4g}, outside [-1, 1]; rescale them to the action box")
+    np.clip(act, -1, 1, out=act)
     ends = terminals | timeouts
+    if next_obs is not None:
+        # Some files leave time limits unmarked: a row whose successor is not the next row ends a trajectory.
+        step = 1e-4 * (1 + np.abs(obs).max(0))
+        ends[:-1] |= (np.abs(next_obs[:-1] - obs[1:]) > step).any(1)
+    if not ends.any():
+        raise UserError(f"{bad}holds no complete episode: neither terminals nor timeouts mark an end")
     if next_obs is None:
         ends[-1] = True  # where a fragment ends is an end too, but its last row has no successor
         keep = ~ends | terminals
@@ -376,14 +388,9 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad):
         next_obs[:-1] = obs[1:]
         next_obs[ends] = obs[ends]
     else:
-        # Some files leave time limits unmarked: a row whose successor is not the next row ends a trajectory.
-        step = 1e-4 * (1 + np.abs(obs).max(0))
-        ends[:-1] |= (np.abs(next_obs[:-1] - obs[1:]) > step).any(1)
         keep = has_next = np.ones(n, bool)
-    if not (terminals | timeouts).any() and n <= 1 or not keep.any():
+    if not keep.any():
         raise UserError(f"{bad}holds no complete transition")
-    if not (terminals | timeouts).any():
-        raise UserError(f"{bad}holds no complete episode: neither terminals nor timeouts mark an end")
     trajectory = np.r_[0, np.cumsum(ends[:-1])]
     arrays = [obs, act, rew, next_obs, terminals.astype(np.float32), has_next, trajectory]
     del obs, act, rew, next_obs
@@ -435,14 +442,12 @@ def _read_minari(dataset_id):
         with np.load(cache) as arrays:
             flat = [arrays[k] for k in ("obs", "act", "rew", "next_obs", "terminals", "timeouts")]
     else:
-        space = data.spec.action_space
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            raise UserError(f"{bad}its actions are {space}; these algorithms need a vector of continuous actions")
+        for name, space in (("observations", data.spec.observation_space), ("actions", data.spec.action_space)):
+            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+                raise UserError(f"{bad}its {name} are {str(space)[:80]}; these algorithms need a vector of continuous {name}")
         parts = [[] for _ in range(6)]
         for episode in tqdm(data.iterate_episodes(), total=data.total_episodes, desc=dataset_id, unit="episode", leave=False):
             obs = episode.observations
-            if isinstance(obs, dict):
-                raise UserError(f"{bad}dictionary observations are not supported; flatten them first")
             end = np.zeros(len(episode.rewards), bool)
             end[-1] = True  # an episode's end is an end of a trajectory whatever its flags say
             rows = (obs[:-1], episode.actions, episode.rewards, obs[1:], episode.terminations, end & ~episode.terminations)
@@ -455,13 +460,14 @@ def _read_minari(dataset_id):
         low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
         if np.isfinite(low).all() and np.isfinite(high).all():
             flat[1] = (2 * (flat[1] - low) / (high - low) - 1).clip(-1, 1)  # to [-1, 1]; make_env undoes it
-        for name, x in zip(("observations", "actions", "rewards"), flat, strict=False):
+        for name, x in zip(("observations", "actions", "rewards", "next observations"), flat, strict=False):
             if not np.isfinite(x).all():
                 raise UserError(f"{bad}{name} hold NaN or inf")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}.part.npz")
-        np.savez(part, **dict(zip(("obs", "act", "rew", "next_obs", "terminals", "timeouts"), flat, strict=True)))
-        os.replace(part, cache)
+        with contextlib.suppress(OSError):  # a folder that cannot be written costs time at the next start, nothing else
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            part = cache.with_suffix(f".{os.getpid()}.part.npz")
+            np.savez(part, **dict(zip(("obs", "act", "rew", "next_obs", "terminals", "timeouts"), flat, strict=True)))
+            os.replace(part, cache)
     out = _from_arrays(*flat, bad)
     out.id, out.sha256 = dataset_id, sha256
     return out
@@ -483,8 +489,8 @@ def make_env(task):
     robots = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date.*")
-        if not isinstance(task, str) and not task.file:
-            return _minari_env(task)
+        if not isinstance(task, str) and not task.file and not (task.id.startswith("rewind/") and domain in robots):
+            return _minari_env(task)  # our own Minari data sets cannot store the corrected margins
         if domain not in robots:
             raise UserError(f"there is no evaluation environment for {getattr(task, 'id', task)}; use --eval-episodes 0")
         env = gymnasium.make(robots[domain])

@@ -56,7 +56,6 @@ from utils import UserError, evaluate, load_dataset, make_env, normalized_score,
 @dataclass
 class Args:
     # --- experiment ---
-
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task (version optional) or Minari id
     exp_name: str | None = None  # None: romi_cql; cql without imagined data; bc if the warm-up never ends
     seed: int = 0
@@ -69,7 +68,6 @@ class Args:
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
     # --- logging ---
-
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
@@ -77,14 +75,12 @@ class Args:
     log_every: int = 1_000  # updates
 
     # --- data and evaluation ---
-
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: int = 5_000  # updates
     eval_episodes: int = 10  # per evaluation, deterministic actions; 0: never touch the simulator
 
     # --- dynamics ---
-
-    ensemble_size: int = 7
+    ensemble_size: int = 7  # members of the model
     num_elites: int = 5  # members with the lowest holdout error; only these imagine
     dynamics_hidden: int = 200  # width of the 4 hidden layers
     dynamics_lr: float = 1e-3
@@ -96,7 +92,6 @@ class Args:
     holdout_max: int = 1_000  # this many
 
     # --- rollout (None: the task's value, SETTINGS below) ---
-
     horizon: int | None = None  # imagined steps per start state (h)
     model_ratio: float | None = None  # share of imagined rows in a batch (eta; 1 - real_ratio elsewhere); 0: the base learner
     rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # reverse policy
@@ -115,8 +110,7 @@ class Args:
     rbc_entropy: float = 0.0  # weight of an entropy bonus; 0.5 in the reference
 
     # --- learner ---
-
-    batch_size: int = 256
+    batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
     tau: float = 0.005  # rate of the target networks
     hidden: int = 256  # width of the 3 hidden layers of policy and Q functions
@@ -267,26 +261,25 @@ class Run:
         return e["return"] if e["normalized_score"] is None else e["normalized_score"]
 
     def finish(self, updates, sps):
-        last = self.evals[-1] if self.evals else {"return": None, "return_std": None, "normalized_score": None}
+        last = self.evals[-1] if self.evals else dict.fromkeys(("return", "return_std", "normalized_score"))
         tail = [e["normalized_score"] for e in self.evals[-10:] if e["normalized_score"] is not None]
         result = {"task": self.task.id, "algorithm": self.args.exp_name, "seed": self.args.seed, "updates": updates}
         result |= {"normalized_score": last["normalized_score"], "normalized_score_last_10": sum(tail) / len(tail) if tail else None}
         result |= {"return_mean": last["return"], "return_std": last["return_std"], "eval_episodes": self.args.eval_episodes}
-        result |= {"dataset": self.config["dataset"], "wall_time_s": round(self.elapsed + time.time() - self.began, 1)}
-        result |= {"updates_per_s": round(sps, 2), "device": self.config["device"], "versions": self.config["versions"]}
+        result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
+        result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
         if self.wandb:
-            self.wandb.summary.update({k: v for k, v in result.items() if not isinstance(v, dict)})
+            self.wandb.summary.update(result)
             self.wandb.finish()
         print(f"{self.folder}: normalized score {last['normalized_score']}, return {last['return']}")
 
 
 def pick_device(name):
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = ("cuda" if have["cuda"] else "cpu") if name == "auto" else name
-    if not have[name]:
+    if name != "auto" and not have[name]:
         raise UserError(f"--device {name}: there is none here; use --device auto")
-    return torch.device(name)
+    return torch.device(name if name != "auto" else "cuda" if have["cuda"] else "cpu")
 
 
 def keep_freed_memory():
@@ -405,10 +398,7 @@ class UniformPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
-        self.act_dim = act_dim
-
-    def sample(self, next_obs):
-        return 2 * torch.rand(len(next_obs), self.act_dim, device=next_obs.device) - 1
+        self.sample = lambda next_obs: 2 * torch.rand(len(next_obs), act_dim, device=next_obs.device) - 1
 
 
 # --- dynamics model ---
@@ -567,17 +557,16 @@ def termination_fn(task, data):
         goal = (reached.amax(0) + reached.amin(0)) / 2
 
     def terminates(obs, act, next_obs):
-        height, angle = next_obs[:, 0], next_obs[:, 1]
+        height, angle, finite = next_obs[:, 0], next_obs[:, 1], next_obs.isfinite().all(-1)
         if task.domain == "hopper":
-            healthy = next_obs.isfinite().all(-1) & (next_obs[:, 1:].abs() < 100).all(-1)
-            return ~(healthy & (height > 0.7) & (angle.abs() < 0.2))
+            return ~(finite & (next_obs[:, 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
         if task.domain == "walker2d":
             return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
         if task.domain == "ant":
-            return ~(next_obs.isfinite().all(-1) & (height >= 0.2) & (height <= 1.0))
+            return ~(finite & (height >= 0.2) & (height <= 1.0))
         if task.domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(height, dtype=torch.bool)  # halfcheetah and maze2d never end
+        return ~finite & finite  # halfcheetah and maze2d never end
 
     return terminates
 
@@ -697,7 +686,8 @@ class CQL:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             q_sampled = self.qf(obs.unsqueeze(1).expand(-1, 3 * N, -1), acts)  # (2, B, 3N)
         penalty = conservative_penalty(q, q_sampled.float(), log_density, self.args.cql_temperature).mean(1).sum()
-        return td_loss, penalty, {"q/data": q.detach().mean(), "q/sampled": q_sampled.detach().mean(), "q/target": target_q.mean()}
+        q_means = {"q/data": q.detach().mean(), "q/sampled": q_sampled.detach().mean(), "q/target": target_q.mean()}
+        return td_loss, penalty, q_means
 
     def update(self, obs, act, rew, next_obs, terminated, warm_up, bc_only):
         """Policy, temperature, Q functions, targets, in this order; returns metrics as tensors."""
@@ -772,9 +762,8 @@ def imagined_data(task, data, args, device, run):
     torch.manual_seed(4 * args.seed + 2)
     starts = Sampler(len(data), priority_weights(data.trajectory_returns()) if args.priority_rollout else None, device)
     reward_range = data.rew.min().item(), data.rew.max().item()
-    imagined, stats = imagine(
-        data.obs.to(device), dynamics, reverse_policy, termination_fn(task, data), starts, reward_range, args
-    )
+    terminates = termination_fn(task, data)
+    imagined, stats = imagine(data.obs.to(device), dynamics, reverse_policy, terminates, starts, reward_range, args)
     if "agent" not in run.state:
         run.log(0, stats | {"model/data_reward_min": reward_range[0], "model/data_reward_max": reward_range[1]})
     return imagined

@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -283,19 +284,20 @@ def write(path, data, meta, args):
             f.attrs[k] = meta[k]
     os.replace(part, path)
     meta["bytes"], meta["sha256"] = path.stat().st_size, file_sha256(path)
-    path.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
-    tqdm.write(f"{path.name}: {meta['transitions']} transitions, {len(returns)} episodes, return {returns.mean():.1f} +- {returns.std():.1f}")
     if args.minari:
         write_minari(f"rewind/{args.env}/{meta['kind']}-v0", data, meta, args)
+    part.write_text(json.dumps(meta, indent=1) + "\n")
+    os.replace(part, path.with_suffix(".json"))  # last and whole, because its presence means "done"
+    tqdm.write(f"{path.name}: {meta['transitions']} transitions, {len(returns)} episodes, return {returns.mean():.1f} +- {returns.std():.1f}")
 
 
 def write_minari(dataset_id, data, meta, args):
     """The same episodes as a Minari data set; an existing one of this id is replaced."""
     import minari
     from minari.data_collector import EpisodeBuffer
+    from minari.storage import get_dataset_path
 
-    if dataset_id in minari.list_local_datasets():
-        minari.delete_dataset(dataset_id)
+    shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # also what a killed run left, which Minari does not list
     begin, buffers = 0, []
     for i, end in enumerate(np.flatnonzero(data["terminals"] | data["timeouts"]) + 1):
         rows = slice(begin, end)
@@ -382,7 +384,7 @@ def train(args, folder):
     def act_deterministic(obs):
         return agent.policy(torch.as_tensor(obs, dtype=torch.float32))[2]
 
-    saved_at, evaluated_at = run.step, run.step
+    saved_at, evaluated_at = run.step, run.evals[-1][0] if run.evals else 0
     low, high = REFERENCE[args.env]
     bar = tqdm(total=args.total_steps, initial=run.step, desc=f"SAC {args.env} seed {args.seed}", unit="step", mininterval=1)
     # Evaluations and checkpoints happen between episodes: no simulator state has to be saved, and the replay is whole episodes.
@@ -438,7 +440,7 @@ def main(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     paths = {kind: args.out / f"{args.env}_{kind.replace('-', '_')}.hdf5" for kind in args.kinds}
-    todo = [kind for kind in args.kinds if not paths[kind].with_suffix(".json").exists()]
+    todo = [kind for kind in args.kinds if not (paths[kind].exists() and paths[kind].with_suffix(".json").exists())]
     for kind in set(args.kinds) - set(todo):
         print(f"{paths[kind]} is there already")
     if not todo:
