@@ -129,9 +129,7 @@ class DoubleQ(nn.Module):
         super().__init__()
         sizes = [obs_dim + act_dim, hidden, hidden, 1]
         bound = [n**-0.5 for n in sizes]
-        self.weight = nn.ParameterList(
-            torch.empty(2, n, m).uniform_(-k, k) for n, m, k in zip(sizes, sizes[1:], bound, strict=False)
-        )
+        self.weight = nn.ParameterList(torch.empty(2, n, m).uniform_(-k, k) for n, m, k in zip(sizes, sizes[1:], bound, strict=False))
         self.bias = nn.ParameterList(torch.empty(2, 1, m).uniform_(-k, k) for m, k in zip(sizes[1:], bound, strict=False))
 
     def forward(self, obs, act):
@@ -288,7 +286,9 @@ def write(path, data, meta, args):
         write_minari(f"rewind/{args.env}/{meta['kind']}-v0", data, meta, args)
     part.write_text(json.dumps(meta, indent=1) + "\n")
     os.replace(part, path.with_suffix(".json"))  # last and whole, because its presence means "done"
-    tqdm.write(f"{path.name}: {meta['transitions']} transitions, {len(returns)} episodes, return {returns.mean():.1f} +- {returns.std():.1f}")
+    tqdm.write(
+        f"{path.name}: {meta['transitions']} transitions, {len(returns)} episodes, return {returns.mean():.1f} +- {returns.std():.1f}"
+    )
 
 
 def write_minari(dataset_id, data, meta, args):
@@ -317,7 +317,8 @@ def write_minari(dataset_id, data, meta, args):
     minari.create_dataset_from_buffers(
         dataset_id,
         buffers,
-        env=gymnasium.make(env.spec.id),
+        env=env.spec.id,
+        eval_env=env.spec.id,
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (o,), np.float32),
         action_space=gymnasium.spaces.Box(-1, 1, (a,), np.float32),
         algorithm_name="SAC",

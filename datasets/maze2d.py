@@ -1,0 +1,174 @@
+"""D4RL's maze2d data, made on this machine: a planner drives the ball to random targets in one endless trajectory.
+
+Recipe: Farama-Foundation/D4RL, scripts/generation/generate_maze2d_datasets.py and d4rl/pointmaze/waypoint_controller.py.
+
+  1. A target: a free cell, uniform.  2. Value iteration gives a path of cells to it; every waypoint but the last is moved by
+  up to 0.2.  3. action = clip(10 (waypoint - position) - velocity) + N(0, 0.5^2), clipped again.  4. Within 0.1 of the target cell: next.
+
+    python datasets/maze2d.py --maze umaze                    # 1 000 000 steps, both rewards, about half a minute
+    python datasets/maze2d.py --maze umaze --expert           # demonstrations: real episodes to the task's goal, no noise
+    python algorithms/romi_bcq.py --env maze2d-umaze --dataset generated
+
+Written as HDF5 in D4RL layout, sparse and dense reward, with a .json beside each that holds recipe, versions and sha256.
+`timeouts` mark the rows at which a target was reached, as in D4RL's files; the motion goes on across them.
+
+Rewards are those of the row's own position, as in D4RL's files; the environment pays for the position after the step, one row
+later (--reward-timing next writes those).
+
+Differences from D4RL's script: the first row of a segment does not repeat the observation before it (a defect of the script).
+"""
+
+import functools
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, not this folder
+
+import h5py
+import mujoco
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from maze2d_env import MAX_STEPS, Maze2d, free_cells, goal_cell
+from utils import GENERATED, UserError, file_sha256
+
+STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
+
+
+@dataclass
+class Args:
+    maze: Literal["umaze", "medium", "large"] = "umaze"
+    steps: int | None = None  # None: as D4RL, 1, 2 or 4 million; with --expert 100 episodes
+    seed: int = 0
+    noise: float | None = None  # standard deviation of the action noise; None: 0.5, with --expert 0
+    expert: bool = False  # demonstrations: a reset and a new planner per episode, the task's goal, full length
+    reward_timing: Literal["same", "next"] | None = None  # position that is rewarded; None: the row's own, with --expert the next
+    out: Path = GENERATED
+
+
+class Planner:
+    """Waypoints from tabular value iteration on the cells, followed by a PD controller (D4RL, waypoint_controller.py)."""
+
+    MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # ties go to the first
+
+    def __init__(self, maze, rng):
+        self.maze, self.rng, self.target = maze, rng, None
+
+    @functools.cached_property
+    def cells(self):
+        return set(free_cells(self.maze))
+
+    @functools.cache  # noqa: B019 - a planner lives as long as its run
+    def policy(self, target):
+        """cell -> next cell, greedy after 50 sweeps of value iteration with discount 0.99 and reward 1 at the target"""
+        neighbours = {c: [n if (n := (c[0] + i, c[1] + j)) in self.cells else c for i, j in self.MOVES] for c in self.cells}
+        value = dict.fromkeys(self.cells, 0.0)
+        for _ in range(50):
+            value = {c: (c == target) + 0.99 * max(value[n] for n in neighbours[c]) for c in self.cells}
+        return {c: max(neighbours[c], key=value.get) for c in self.cells}
+
+    def plan(self, position, target):
+        cell = min(self.cells, key=lambda c: (c[0] - position[0]) ** 2 + (c[1] - position[1]) ** 2)
+        policy, self.waypoints, self.target, self.at = self.policy(target), [], target, 0
+        while not self.waypoints or cell != target:
+            cell = policy[cell]
+            shift = (0.0, 0.0) if cell == target else self.rng.uniform(0, 0.2, 2)
+            self.waypoints.append((cell[0] - shift[0], cell[1] - shift[1]))
+
+    def act(self, obs, target):
+        """Action, clipped but without noise, and whether the target cell has been reached."""
+        x, y, vx, vy = obs
+        if target != self.target:
+            self.plan((x, y), target)
+        wx, wy = self.waypoints[self.at]
+        if (wx - x) ** 2 + (wy - y) ** 2 < 0.01 and self.at < len(self.waypoints) - 1:
+            self.at += 1  # from the next step on
+        reached = (target[0] - x) ** 2 + (target[1] - y) ** 2 < 0.01
+        return min(max(10 * (wx - x) - vx, -1.0), 1.0), min(max(10 * (wy - y) - vy, -1.0), 1.0), reached
+
+
+def trajectory(maze, steps, seed, noise):
+    """One endless trajectory between random targets: arrays obs (N+1, 4), act (N, 2), ends (N,), targets (N, 2)."""
+    rng, env = np.random.default_rng(seed), Maze2d(maze)
+    planner, cells = Planner(maze, rng), free_cells(maze)
+    obs, act, ends = np.empty((steps + 1, 4)), np.empty((steps, 2), np.float32), np.zeros(steps, bool)
+    targets, since = np.empty((steps, 2)), 0
+    noises = rng.normal(0, noise, (steps, 2)) if noise else np.zeros((steps, 2))
+    state, _ = env.reset(seed=seed)
+    target = cells[rng.integers(len(cells))]
+    for t in tqdm(range(steps), desc=f"maze2d-{maze}", unit="step", unit_scale=True, mininterval=1):
+        ax, ay, reached = planner.act(state.tolist(), target)
+        obs[t], targets[t], since = state, target, since + 1
+        act[t] = min(max(ax + noises[t, 0], -1), 1), min(max(ay + noises[t, 1], -1), 1)
+        state = env.step(act[t])[0]
+        if reached or since == MAX_STEPS[maze]:
+            ends[t], since = True, 0
+            planner.target = None  # plan anew, also when the new target is the old one
+            target = cells[rng.integers(len(cells))]
+    obs[steps] = state
+    return obs, act, ends, targets
+
+
+def expert(maze, episodes, seed, noise, starts=None):
+    """Episodes to the task's goal, each with a new planner: obs (E, T+1, 4), act (E, T, 2); starts (E, 4) or resets."""
+    rng, env, T = np.random.default_rng(seed), Maze2d(maze), MAX_STEPS[maze]
+    obs, act = np.empty((episodes, T + 1, 4)), np.empty((episodes, T, 2), np.float32)
+    for e in tqdm(range(episodes), desc=f"maze2d-{maze} expert", unit="episode", mininterval=1):
+        planner, (state, _) = Planner(maze, rng), env.reset(seed=seed + e)
+        if starts is not None:
+            env.set_state(starts[e, :2], starts[e, 2:])
+            state = env.observation()
+        for t in range(T):
+            ax, ay, _ = planner.act(state.tolist(), goal_cell(maze))
+            obs[e, t], act[e, t] = state, np.clip([ax, ay] + noise * rng.normal(size=2), -1, 1)
+            state = env.step(act[e, t])[0]
+        obs[e, T] = state
+    return obs, act
+
+
+def main(args):
+    noise = args.noise if args.noise is not None else 0.0 if args.expert else 0.5
+    timing = args.reward_timing or ("next" if args.expert else "same")
+    steps = args.steps if args.steps is not None else 100 * MAX_STEPS[args.maze] if args.expert else STEPS[args.maze]
+    if steps < 1 or noise < 0:
+        raise UserError(f"--steps {steps}, --noise {noise}: steps must be positive, noise at least 0")
+    if args.expert:
+        episodes = -(-steps // MAX_STEPS[args.maze])
+        obs, act = expert(args.maze, episodes, args.seed, noise)
+        before, after, act = obs[:, :-1].reshape(-1, 4), obs[:, 1:].reshape(-1, 4), act.reshape(-1, 2)
+        ends, targets = np.arange(1, len(act) + 1) % MAX_STEPS[args.maze] == 0, np.tile(goal_cell(args.maze), (len(act), 1))
+    else:
+        obs, act, ends, targets = trajectory(args.maze, steps, args.seed, noise)
+        before, after = obs[:-1], obs[1:]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for dense in (False, True):
+        rewards = Maze2d(args.maze, dense).reward((before if timing == "same" else after)[:, :2])
+        path = args.out / f"maze2d_{args.maze}{'_dense' * dense}{'_expert' * args.expert}.hdf5"
+        part = path.with_suffix(f".{os.getpid()}.part")
+        with h5py.File(part, "w") as f:
+            arrays = {"observations": before.astype("f4"), "actions": act, "rewards": rewards.astype("f4")}
+            arrays |= {"terminals": np.zeros(len(act), bool), "timeouts": ends, "infos/goal": targets.astype("f4")}
+            if args.expert:  # the last state of an episode is known; on the endless trajectory D4RL's files have no successors
+                arrays["next_observations"] = after.astype("f4")
+            for k, v in arrays.items():
+                f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
+        meta = {"recipe": "expert planner" if args.expert else "planner to random targets", "noise": noise, "reward_timing": timing}
+        meta |= {"transitions": len(act), "segments": int(ends.sum()), "reward_mean": float(rewards.mean()), "seed": args.seed}
+        meta |= {"versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}}
+        meta |= {"sha256": file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
+        os.replace(part, path)
+        path.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
+        print(f"{path}: {len(act)} transitions, {ends.sum()} segments, mean reward {rewards.mean():.4f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
+    except UserError as e:
+        sys.exit(e.report())

@@ -1,0 +1,145 @@
+"""D4RL's maze2d on today's MuJoCo: a force-driven ball in a maze, `gymnasium.make("Rewind/Maze2d-umaze-v1")`.
+
+The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections without
+which wall contact differs on today's MuJoCo. In free motion a step is, to 1e-15, the closed form
+
+    c = clip(v, -5, 5),   v' = c + h (100 a - c) / (m + h),   x' = x + h v'        h = 0.01 s, m = 4.18879 kg
+
+Observation: x (row direction), y (column direction) in m, their velocities in m/s; the middle of cell (i, j) is the observation
+(i - 0.2, j - 0.2). The task never terminates. Reward of the state after the step: 1 within 0.5 of the goal, or exp(-distance).
+"""
+
+import gymnasium
+import mujoco
+import numpy as np
+
+MAZES = {
+    "umaze": ["#####", "#G..#", "###.#", "#...#", "#####"],
+    "medium": ["########", "#..##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#.G#", "########"],
+    "large": [
+        "############",
+        "#....#.....#",
+        "#.##.#.#.#.#",
+        "#......#...#",
+        "#.####.###.#",
+        "#..#.#.....#",
+        "##.#.#.#.###",
+        "#..#...#.G.#",
+        "############",
+    ],
+}
+MAX_STEPS = {"umaze": 300, "medium": 600, "large": 800}
+
+
+def free_cells(maze):
+    """(row, column) of every cell without a wall, the goal's among them."""
+    return [(i, j) for i, line in enumerate(MAZES[maze]) for j, cell in enumerate(line) if cell != "#"]
+
+
+def goal_cell(maze):
+    return next((i, line.index("G")) for i, line in enumerate(MAZES[maze]) if "G" in line)
+
+
+def mujoco_model(maze):
+    walls = "".join(
+        f'<geom type="box" pos="{i + 1} {j + 1} 0" size="0.5 0.5 0.2"/>'
+        for i, line in enumerate(MAZES[maze])
+        for j, cell in enumerate(line)
+        if cell == "#"
+    )
+    model = mujoco.MjModel.from_xml_string(f"""
+    <mujoco>
+      <compiler inertiafromgeom="true"/>
+      <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+      <default>
+        <joint damping="1" limited="false"/>
+        <geom density="1000" condim="1" friction="0.5 0.1 0.1" margin="0.002" contype="2" conaffinity="1"/>
+      </default>
+      <worldbody>
+        <geom type="plane" pos="0 0 -0.1" size="40 40 0.25" contype="1" conaffinity="0"/>
+        <body name="ball" pos="1.2 1.2 0">
+          <geom name="ball" type="sphere" size="0.1" contype="1"/>
+          <joint name="x" type="slide" axis="1 0 0"/>
+          <joint name="y" type="slide" axis="0 1 0"/>
+        </body>
+        {walls}
+      </worldbody>
+      <actuator>
+        <motor joint="x" gear="100" ctrllimited="true" ctrlrange="-1 1"/>
+        <motor joint="y" gear="100" ctrllimited="true" ctrlrange="-1 1"/>
+      </actuator>
+    </mujoco>""")
+    # MuJoCo 3.5 began to add the margins of two geoms where it had taken the larger one.
+    ball = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, "ball")
+    model.geom_margin[:] = 0
+    model.geom_margin[ball] = 0.002
+    # MuJoCo 3.0 changed the inverse weight of a sliding body, which scales the softness of contact, from 2/(3m) to 1/m.
+    body = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, "ball")
+    model.body_invweight0[body, 0] = 2 / (3 * model.body_mass[body])
+    return model
+
+
+class Maze2d(gymnasium.Env):
+    """maze2d-{umaze,medium,large}{,-dense}-v1 of D4RL: fixed goal, random start, no termination."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+
+    def __init__(self, maze="umaze", dense=False, render_mode=None):
+        self.maze, self.dense, self.render_mode = maze, dense, render_mode
+        self.model = mujoco_model(maze)
+        self.data = mujoco.MjData(self.model)
+        self.goal = np.array(goal_cell(maze), float)
+        self.starts = np.array(free_cells(maze), float)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        cell = self.starts[self.np_random.integers(len(self.starts))]
+        self.set_state(cell + self.np_random.uniform(-0.1, 0.1, 2), self.np_random.normal(0, 0.1, 2))
+        return self.observation(), {}
+
+    def set_state(self, position, velocity):
+        mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:], self.data.qvel[:] = position, velocity
+
+    def observation(self):
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def reward(self, position):
+        """position (..., 2) -> (...)"""
+        distance = np.linalg.norm(position - self.goal, axis=-1)
+        return np.exp(-distance) if self.dense else (distance <= 0.5).astype(float)
+
+    def step(self, action):
+        self.data.ctrl[:] = np.clip(action, -1, 1)
+        np.clip(self.data.qvel, -5, 5, out=self.data.qvel)
+        mujoco.mj_step(self.model, self.data)
+        obs = self.observation()
+        return obs, float(self.reward(obs[:2])), False, False, {}
+
+    def render(self):
+        """Top view, 40 pixels a cell, rows downwards: (height, width, 3) uint8"""
+        from PIL import Image, ImageDraw
+
+        lines, scale = MAZES[self.maze], 40
+        image = Image.new("RGB", (scale * len(lines[0]), scale * len(lines)), "white")
+        draw = ImageDraw.Draw(image)
+        for i, line in enumerate(lines):
+            for j, cell in enumerate(line):
+                if cell == "#":
+                    draw.rectangle([scale * j, scale * i, scale * (j + 1) - 1, scale * (i + 1) - 1], "gray")
+        for (x, y), radius, colour in ((self.goal, 0.5, "palegreen"), (self.goal, 0.05, "green"), (self.data.qpos, 0.1, "red")):
+            center = scale * (np.array([y, x]) + 0.7)  # the observation (i - 0.2, j - 0.2) is the middle of a cell
+            draw.ellipse([*(center - scale * radius), *(center + scale * radius)], colour)
+        return np.asarray(image)
+
+
+for _maze in MAZES:
+    for _dense in (False, True):
+        gymnasium.register(
+            f"Rewind/Maze2d-{_maze}{'-dense' * _dense}-v1",
+            entry_point=Maze2d,
+            kwargs={"maze": _maze, "dense": _dense},
+            max_episode_steps=MAX_STEPS[_maze],
+        )

@@ -1,0 +1,186 @@
+"""Maze2d: physics against closed form, recorded D4RL data and a contact reference; planner, generator and task layer."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import h5py
+import maze2d_env as env_file
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+MAZES = ("umaze", "medium", "large")
+needs_recordings = pytest.mark.skipif(not SHARED.exists(), reason="recorded D4RL data is not shipped")
+
+
+@pytest.fixture(scope="module")
+def generator():
+    first = sys.path[0]
+    spec = importlib.util.spec_from_file_location("maze2d_generator", ROOT / "datasets" / "maze2d.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["maze2d_generator"] = module
+    spec.loader.exec_module(module)
+    sys.path[0] = first
+    return module
+
+
+def step(env, obs, act):
+    env.set_state(obs[:2], obs[2:])
+    return env.step(act)
+
+
+def recorded(name):
+    with np.load(SHARED / "maze2d_expert" / f"{name}.npz") as f:
+        return {k: f[k] for k in f.files}
+
+
+# --- physics ---
+
+
+def test_free_motion_is_the_closed_form():
+    env, rng = env_file.Maze2d("umaze"), np.random.default_rng(0)
+    h, m = 0.01, 4.18879020478639
+    for _ in range(300):
+        obs = np.r_[rng.uniform(2.7, 2.9), rng.uniform(1.9, 2.1), rng.uniform(-5.5, 5.5, 2)]  # amid the corridor at the bottom
+        act = rng.uniform(-1.2, 1.2, 2).astype(np.float32)
+        c = np.clip(obs[2:], -5, 5)
+        v = c + h * (100 * np.clip(act, -1, 1).astype(float) - c) / (m + h)
+        np.testing.assert_allclose(step(env, obs, act)[0], np.r_[obs[:2] + h * v, v], atol=1e-14, rtol=0)
+
+
+def test_walls_act_from_two_millimetres_and_with_the_old_stiffness():
+    """The larger margin counts, not the sum of two; the stiffness of contact is that of an inverse weight 2/(3m)."""
+    env, touch = env_file.Maze2d("umaze"), 1 - 0.6 - 0.1 + 0.1  # wall of row 0 ends at x = 0.3, the ball's radius is 0.1
+    for gap, pushed in ((0.003, False), (0.0015, True)):
+        obs = step(env, np.array([touch + gap, 1.8, 0, 0]), np.zeros(2))[0]
+        assert (obs[2] > 0) == pushed
+    assert env.model.body_invweight0[1, 0] == pytest.approx(2 / (3 * 4.18879020478639))
+    assert (env.model.geom_margin > 0).sum() == 1
+
+
+@needs_recordings
+@pytest.mark.parametrize("maze", MAZES)
+def test_contact_is_mujoco_2s(maze):
+    env = env_file.Maze2d(maze)
+    with np.load(SHARED / "maze2d_contact_reference.npz") as f:
+        obs, act, after = (f[f"{maze}_{k}"] for k in ("observations", "actions", "next_observations"))
+    error = [np.abs(step(env, o, a)[0] - n).max() for o, a, n in zip(obs, act, after, strict=True)]
+    assert max(error) < 1e-9
+
+
+@needs_recordings
+@pytest.mark.parametrize("maze", ["umaze", "medium"])
+def test_recorded_d4rl_transitions(maze):
+    data, env, T = recorded(maze), env_file.Maze2d(maze), env_file.MAX_STEPS[maze]
+    rows = np.random.default_rng(0).choice(np.flatnonzero(~data["timeouts"]), 1000, replace=False)
+    for i in rows:
+        np.testing.assert_allclose(step(env, data["observations"][i], data["actions"][i])[0], data["observations"][i + 1], atol=1e-12)
+    env.set_state(data["observations"][0, :2], data["observations"][0, 2:])  # a whole episode, open loop
+    for t in range(T - 1):
+        obs = env.step(data["actions"][t])[0]
+    np.testing.assert_allclose(obs, data["observations"][T - 1], atol=1e-9)
+
+
+@needs_recordings
+@pytest.mark.parametrize("name", ["umaze", "umaze-dense", "medium", "medium-dense"])
+def test_recorded_rewards_and_goal(name):
+    data, maze = recorded(name), name.split("-")[0]
+    env = env_file.Maze2d(maze, dense="dense" in name)
+    h, m, c = 0.01, 4.18879020478639, np.clip(data["observations"][:, 2:], -5, 5)
+    after = data["observations"][:, :2] + h * (c + h * (100 * data["actions"] - c) / (m + h))
+    np.testing.assert_allclose(env.reward(after), data["rewards"], atol=1e-12)
+
+
+# --- task ---
+
+
+@pytest.mark.parametrize("maze", MAZES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_environment(maze, dense):
+    env = gymnasium.make(f"Rewind/Maze2d-{maze}{'-dense' * dense}-v1", render_mode="rgb_array")
+    check_env(env.unwrapped, skip_render_check=False)
+    inner, cells = env.unwrapped, env_file.free_cells(maze)
+    assert len(cells) == {"umaze": 7, "medium": 26, "large": 46}[maze]
+    assert tuple(inner.goal) == {"umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}[maze]
+    starts = np.array([env.reset(seed=s)[0] for s in range(600)])
+    nearest = starts[:, :2].round()
+    assert {tuple(map(int, c)) for c in nearest} == set(cells)
+    assert np.abs(starts[:, :2] - nearest).max() <= 0.1 and starts[:, 2:].std() == pytest.approx(0.1, rel=0.1)
+    env.reset(seed=0)
+    inner.set_state(inner.goal + [0.3, 0.4 - 1e-3], [0, 0])
+    obs, reward, terminated, _, _ = env.step(np.zeros(2, np.float32))
+    assert not terminated and reward == pytest.approx(np.exp(-np.linalg.norm(obs[:2] - inner.goal)) if dense else 1)
+    steps = 1
+    while not env.step(np.zeros(2, np.float32))[3]:
+        steps += 1
+    assert steps + 1 == {"umaze": 300, "medium": 600, "large": 800}[maze]
+    picture = env.render()
+    assert picture.dtype == np.uint8 and len(np.unique(picture.reshape(-1, 3), axis=0)) >= 4  # wall, floor, goal, ball
+
+
+def test_position_just_outside_the_goal_earns_nothing():
+    env = env_file.Maze2d("umaze")
+    assert env.reward(np.array([[1.0, 1.5], [1.0, 1.5001]])).tolist() == [1, 0]
+
+
+# --- planner and generator ---
+
+
+def test_planner_finds_the_shortest_path(generator):
+    planner = generator.Planner("umaze", np.random.default_rng(0))
+    planner.plan((3.0, 1.0), (1, 1))  # round the bend: the only way
+    cells = [(round(x + 0.1), round(y + 0.1)) for x, y in planner.waypoints]
+    assert cells == [(3, 2), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)] and planner.waypoints[-1] == (1, 1)
+
+
+@needs_recordings
+@pytest.mark.parametrize("maze, expected, tolerance", [("umaze", 226.9, 1), ("medium", 420.4, 2)])
+def test_planner_earns_what_the_recorded_one_earned(generator, maze, expected, tolerance):
+    T = env_file.MAX_STEPS[maze]
+    starts = recorded(maze)["observations"].reshape(100, T, 4)[:, 0]
+    obs, _ = generator.expert(maze, 100, 0, 0.0, starts)
+    returns = env_file.Maze2d(maze).reward(obs[:, 1:, :2]).sum(1)
+    assert returns.mean() == pytest.approx(expected, abs=tolerance)
+
+
+def make(out, *flags):
+    command = [sys.executable, str(ROOT / "datasets" / "maze2d.py"), "--out", str(out), *flags]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_generated_data(tmp_path):
+    make(tmp_path, "--steps", "100000")
+    with h5py.File(tmp_path / "maze2d_umaze.hdf5") as f, h5py.File(tmp_path / "maze2d_umaze_dense.hdf5") as g:
+        sparse, dense = ({k: v[()] for k, v in x.items() if k != "infos"} for x in (f, g))
+    assert all((sparse[k] == dense[k]).all() for k in ("observations", "actions", "timeouts"))
+    assert 1150 <= sparse["timeouts"].sum() <= 1300 and not sparse["terminals"].any()
+    assert 0.07 <= sparse["rewards"].mean() <= 0.09
+    obs, act = sparse["observations"].astype(float), sparse["actions"].astype(float)
+    distance = np.linalg.norm(obs[:, :2] - [1, 1], axis=1)
+    clear = np.abs(distance - 0.5) > 1e-6  # float32 files
+    assert ((distance <= 0.5) == sparse["rewards"])[clear].all()  # the row's own position is rewarded
+    np.testing.assert_allclose(dense["rewards"], np.exp(-distance), atol=1e-6)
+    # one endless motion: almost every row is followed by its own successor, also across the marks
+    h, m, c = 0.01, 4.18879020478639, np.clip(obs[:-1, 2:], -5, 5)
+    after = obs[:-1, :2] + h * (c + h * (100 * act[:-1] - c) / (m + h))
+    assert (np.abs(after - obs[1:, :2]).max(1) < 1e-5).mean() > 0.99
+
+
+def test_expert_data_and_reward_timing(tmp_path):
+    make(tmp_path, "--expert", "--steps", "900", "--seed", "3")
+    with h5py.File(tmp_path / "maze2d_umaze_expert.hdf5") as f:
+        data = {k: v[()] for k, v in f.items() if k != "infos"}
+    assert np.flatnonzero(data["timeouts"]).tolist() == [299, 599, 899]
+    reached = np.linalg.norm(data["next_observations"][:, :2] - [1, 1], axis=1) <= 0.5
+    assert (reached == data["rewards"]).all() and data["rewards"].reshape(3, 300)[:, -50:].all()  # stands on the goal
+    assert np.abs(data["observations"][299::300, :2] - [1, 1]).max() < 1e-3
+
+
+def test_same_seed_same_data(generator):
+    a, b, c = (generator.trajectory("umaze", 500, seed, 0.5) for seed in (1, 1, 2))
+    assert all((x == y).all() for x, y in zip(a, b, strict=True)) and (a[0] != c[0]).any()
