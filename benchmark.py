@@ -112,7 +112,8 @@ def speed(args: Speed):
     a, b = torch.randn(2, 2048, 2048, device=args.device)
     half = a.bfloat16(), b.bfloat16()
     rows = []
-    print(f"torch {torch.__version__}, {args.device}, {args.num_threads} threads{', compiled' * args.compile}; medians of {args.rounds} rounds")
+    machine = f"torch {torch.__version__}, {args.device}, {args.num_threads} threads{', compiled' * args.compile}"
+    print(f"{machine}; medians of {args.rounds} rounds")
     titles = ("ms", "per s", "GFLOP", "GFLOP/s", "matrix rate", "share", "known ms", "target ms")
     print(f"{'':30s}" + "".join(f"{t:>12s}" for t in titles))
     for name, fn, units, unit, known, target in cases(args):

@@ -6,24 +6,25 @@ Papers: Wang et al. 2021, arXiv:2110.00188 (ROMI); Kumar et al. 2020, arXiv:2006
   reverse policy   G(a | s'): conditional VAE                      variational bound on the data          ROMI Eq. 3
                    or pi(a | s'): behaviour cloning (RBC)          maximum likelihood on the data         ROMI Eq. 4
                    or uniform on [-1, 1]^A
-  imagination      a ~ G(.|s'), (s, r) ~ p(.|s', a), then s' <- s, h times, from states of the data       ROMI Alg. 1, l. 11-14
+  imagination      a ~ G(.|s'), (s, r) ~ p(.|s', a), then s' <- s, h times, from states of the data       ROMI Alg. 1, l. 10-14
   learner          CQL(H) on batches with a share eta of imagined transitions                             ROMI Alg. 1, l. 15-16
-                   min_Q alpha (E_s[log sum_a exp Q(s,a)] - E_(s,a)[Q(s,a)]) + E[(Q - B Q_target)^2]      CQL Eq. 4
+                   min_Q alpha (E_s[log sum_a exp Q(s,a)] - E_(s,a)[Q(s,a)]) + 1/2 E[(Q - B Q_target)^2]  CQL Eq. 4
 
     python algorithms/romi_cql.py --env hopper-medium-replay
     python algorithms/romi_cql.py --env hopper-medium-replay --model-ratio 0                              # plain CQL
     python algorithms/romi_cql.py --env hopper-medium-replay --model-ratio 0 --bc-warmup 1000000          # behaviour cloning
 
-Differences from the reference code (where paper and code disagree, we follow the code unless a line below says otherwise):
+Where paper and code disagree we follow the code. Differences from it:
   1. Batches are split exactly, round(eta B) imagined rows and the rest real; the reference loses a row to rounding (255 of 256).
-  2. Return-prioritised sampling draws with replacement from exact proportions; the reference draws without replacement within a
-     batch, from a sum tree. It is two switches here; the paper's main text does not mention it. If all trajectories have the
-     same return all its weights are 0, and we sample uniformly.
-  3. Terminal rows with a recorded successor train the models too; the reference has no successor for them and drops them.
+  2. Return-prioritised sampling (not in the paper's main text) draws with replacement from exact proportions, not without
+     replacement from a sum tree; it is two switches; and where all its weights are 0 we sample uniformly.
+  3. Every row with a recorded successor trains the models, also at terminals and time limits; the reference drops those.
   4. RBC minimises the paper's negative log-likelihood; the reference subtracts half an entropy and takes the std as a variance.
-  5. The conservative term is computed without a gradient through the sampled actions (only Q's optimiser steps anyway).
-  6. Elites are chosen once, on the holdout rows of training; the reference draws new holdout rows when it reloads the model.
-  7. 1 000 000 updates; the reference runs 1 500 000.
+  5. The temperature steps after the policy, not before. No gradient is taken through sampled actions in the conservative term.
+  6. --lagrange starts at --cql-alpha and holds the plain penalty at the gap; the reference starts at 1 and weighs the penalty.
+  7. Elites are chosen once, on the holdout rows of training; the reference draws new holdout rows when it reloads the model.
+  8. The goal of an antmaze is the middle of the rewarded positions, not asked from the simulator.
+  9. PyTorch's initialisation; no clamp of the mean at +-9; 1 000 000 updates, not 1 500 000.
 """
 
 import ctypes
@@ -88,8 +89,8 @@ class Args:
     dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
     dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference
     dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
-    holdout_ratio: float = 0.2  # share of the rows held out, but at most
-    holdout_max: int = 1_000  # this many
+    holdout_ratio: float = 0.2  # share of the rows held out
+    holdout_max: int = 1_000  # upper limit of held-out rows
 
     # --- rollout (None: the task's value, SETTINGS below) ---
     horizon: int | None = None  # imagined steps per start state (h)
@@ -138,8 +139,8 @@ SETTINGS = {
     "ant": (1, 0.1, "cvae", True),  # ours: as walker2d
     "": (1, 0.1, "cvae", True),  # ours: any other environment
 }
-# Flags that change no number of an update: a run may be carried on with other values of them.
-BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track"}
+# Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
+BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "bc_warmup", "kl_weight", "rbc_entropy", "dynamics_weight_decay"}
 MAY_BE_ZERO |= {"gamma", "cql_alpha", "dynamics_patience"}
@@ -147,17 +148,20 @@ MAY_BE_ZERO |= {"gamma", "cql_alpha", "dynamics_patience"}
 
 def resolve(args, task):
     """The arguments with the task's settings where the user left None; UserError for what cannot work."""
-    *tuned, priority = SETTINGS[max((k for k in SETTINGS if f"{task.domain}-{task.kind}".startswith(k)), key=len)]
-    names = ("horizon", "model_ratio", "rollout_policy", "priority_rollout", "priority_policy")
-    tuned = dict(zip(names, (*tuned, priority, priority), strict=True))
+    key = max((k for k in SETTINGS if f"{task.domain}-{task.kind}".startswith(k)), key=len)
+    horizon, ratio, policy, priority = SETTINGS[key]
+    tuned = dict(horizon=horizon, model_ratio=ratio, rollout_policy=policy, priority_rollout=priority, priority_policy=priority)
     args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
     for name, value in asdict(args).items():
         for v in value if isinstance(value, tuple) else (value,):
+            flag = f"--{name.replace('_', '-')} {v}"
+            if type(v) is float and not math.isfinite(v) and not (name == "latent_clip" and v > 0):
+                raise UserError(f"{flag}: must be a finite number")
             if type(v) in (int, float) and name not in ("target_entropy", "lagrange_gap"):
-                if not (v >= 0 if name in MAY_BE_ZERO else v > 0):
-                    raise UserError(f"--{name.replace('_', '-')} {v}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
-                if v > 1 and name in ("gamma", "tau", "model_ratio", "holdout_ratio"):
-                    raise UserError(f"--{name.replace('_', '-')} {v}: must be at most 1")
+                if v < 0 or (v == 0 and name not in MAY_BE_ZERO):
+                    raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
+                if (v > 1 and name in ("gamma", "tau", "model_ratio")) or (v >= 1 and name == "holdout_ratio"):
+                    raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
     if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
         raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size) == 0:
@@ -178,16 +182,17 @@ class Run:
         source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
         self.folder = Path(args.run_dir) / f"{task.slug}__{args.exp_name}__{args.seed}{source}"
         modules = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)} | {"python": platform.python_version()}
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+        git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         config = {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device), "versions": modules}
-        self.config = json.loads(json.dumps(config)) | {"git_commit": git.stdout.strip() or None, "wandb_id": uuid.uuid4().hex[:8]}
+        self.config = json.loads(json.dumps(config)) | {"git_commit": git if len(git) == 40 else None, "wandb_id": uuid.uuid4().hex[:8]}
         self.state, self.evals, self.elapsed, self.wandb, self.finished = {}, [], 0.0, None, False
         result = self.folder / "result.json"
         if (self.folder / "config.json").exists():
             old = json.loads((self.folder / "config.json").read_text())
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
-            now, then = self.config["args"] | self.config["dataset"], old["args"] | old["dataset"]
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if k not in BOOKKEEPING and now[k] != then.get(k)):
+            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
+            now["device"], then["device"] = self.config["device"], old["device"]
+            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k)):
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -226,12 +231,18 @@ class Run:
         """One line of metrics.jsonl; tensors become floats here and nowhere else."""
         row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         if bad := [k for k, v in row.items() if k.startswith("losses/") and not math.isfinite(v)]:
-            last = f"{self.folder / 'checkpoint.pt'} holds the last good state"
-            raise UserError(f"{', '.join(bad)} not finite at update {update}; {last}; try smaller rates", status=3)
+            raise UserError(f"{', '.join(bad)} not finite at update {update}; {self.folder} keeps its last good checkpoint", status=3)
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
-        if self.wandb:
-            self.wandb.log(row)
+        self.to_wandb(lambda run: run.log(row))
+
+    def to_wandb(self, call):
+        try:
+            if self.wandb:
+                call(self.wandb)
+        except Exception as e:
+            print(f"W&B: {type(e).__name__}: {str(e)[:120]}; going on without it", file=sys.stderr)
+            self.wandb = None
 
     def write(self, name, write):
         part = self.folder / f"{name}.part"
@@ -269,9 +280,7 @@ class Run:
         result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
         result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
-        if self.wandb:
-            self.wandb.summary.update(result)
-            self.wandb.finish()
+        self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
         print(f"{self.folder}: normalized score {last['normalized_score']}, return {last['return']}")
 
 
@@ -288,6 +297,13 @@ def keep_freed_memory():
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def descend(opt, loss, inputs=None):
+    """One gradient step."""
+    opt.zero_grad()
+    loss.backward(inputs=inputs)
+    opt.step()
 
 
 def progress(total, desc, unit, initial=0):
@@ -464,10 +480,9 @@ def train_dynamics(dynamics, obs, act, rew, next_obs, args, run):
     device, E = obs.device, args.ensemble_size
     # Split and bootstraps come from a generator of their own: a resumed run draws the same ones again.
     split = torch.Generator().manual_seed(args.seed)
-    order, num_holdout = torch.randperm(len(obs), generator=split).to(device), min(int(args.holdout_ratio * len(obs)), args.holdout_max)
+    order = torch.randperm(len(obs), generator=split).to(device)
+    num_holdout = max(1, min(int(args.holdout_ratio * len(obs)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
-    if len(holdout) == 0 or len(train) == 0:
-        raise UserError(f"--dataset {args.dataset}: {len(obs)} transitions are too few to train and hold out")
     bootstrap = torch.randint(len(train), (E, len(train)), generator=split).to(device)
     x, y = torch.cat([next_obs, act], -1), torch.cat([rew[:, None], obs - next_obs], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
@@ -475,12 +490,14 @@ def train_dynamics(dynamics, obs, act, rew, next_obs, args, run):
     dynamics.std.copy_(torch.where(std < 1e-12, 1.0, std))
     x = dynamics.inputs(next_obs, act)
     layers, opt = [*dynamics.weight, *dynamics.bias], dynamics.optimizer()
-    snapshot, best, epoch, stale = [p.detach().clone() for p in layers], torch.full((E,), math.inf, device=device), 0, 0
+    snapshot, best = [p.detach().clone() for p in layers], torch.full((E,), math.inf, device=device)
+    epoch = stale = 0
     if "dynamics_training" in run.state:
         saved = run.state["dynamics_training"]
         dynamics.load_state_dict(run.state["dynamics"])
         opt.load_state_dict(saved["opt"])
-        epoch, stale, best, snapshot = saved["epoch"], saved["stale"], saved["best"].to(device), [p.to(device) for p in saved["snapshot"]]
+        snapshot, best = [p.to(device) for p in saved["snapshot"]], saved["best"].to(device)
+        epoch, stale = saved["epoch"], saved["stale"]
         run.restore_rng()
 
     @torch.no_grad()
@@ -492,11 +509,9 @@ def train_dynamics(dynamics, obs, act, rew, next_obs, args, run):
     while stale <= args.dynamics_patience and epoch < (args.dynamics_max_epochs or math.inf):
         shuffle = torch.stack([torch.randperm(len(train), device=device) for _ in range(E)])
         rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
-        for idx in rows.split(args.dynamics_batch_size, 1):
+        for idx in rows.split(args.dynamics_batch_size, 1):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
+            descend(opt, loss)
         mse = holdout_mse()
         improved = mse < 0.99 * best  # every member keeps the weights of its own best epoch
         best = torch.where(improved, mse, best)
@@ -534,9 +549,7 @@ def train_reverse_policy(policy, next_obs, act, args, run):
     while step < args.reverse_policy_updates:
         idx = torch.randint(len(act), (args.reverse_policy_batch_size,), device=act.device)
         loss = loss_fn(next_obs[idx], act[idx])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        descend(opt, loss)
         step += 1
         bar.update()
         if step % args.log_every == 0 or step % args.checkpoint_every == 0:
@@ -551,7 +564,8 @@ def train_reverse_policy(policy, next_obs, act, args, run):
 
 
 def termination_fn(task, data):
-    """(obs, act, next_obs) -> (B,) bool, has the MDP ended with this transition? The rules of Gymnasium's v4 robots."""
+    """(obs, act, next_obs) -> (B,) bool, has the MDP ended with this transition? The rules of Gymnasium's v4 robots; with the
+    reference's signature, although none of them looks at more than next_obs."""
     if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
         reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
         goal = (reached.amax(0) + reached.amin(0)) / 2
@@ -566,7 +580,7 @@ def termination_fn(task, data):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if task.domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return ~finite & finite  # halfcheetah and maze2d never end
+        return torch.zeros_like(finite)  # halfcheetah and maze2d never end
 
     return terminates
 
@@ -608,16 +622,16 @@ def imagine(starts, dynamics, reverse_policy, terminates, sampler, reward_range,
     buffer, filled, chains, cut = None, 0, 0, 0
     bar = progress(args.model_buffer_size, "imagination", "row")
     while filled < args.model_buffer_size:
-        next_obs = starts[sampler(args.rollout_batch_size)]
+        next_obs = starts[sampler(args.rollout_batch_size)]  # target states s_t+1 of the data, l. 12
         chains += len(next_obs)
         for i in range(args.horizon):
-            act = reverse_policy.sample(next_obs)  # a_t ~ G(.|s_t+1)
-            obs, rew = dynamics.sample(next_obs, act)  # s_t, r_t ~ p(.|s_t+1, a_t)
+            act = reverse_policy.sample(next_obs)  # a_t ~ G(.|s_t+1), l. 13
+            obs, rew = dynamics.sample(next_obs, act)  # s_t, r_t ~ p(.|s_t+1, a_t), l. 13
             rew = rew.clamp(*reward_range) if args.clip_rewards else rew
             terminated = terminates(obs, act, next_obs)  # about the given end of the transition, not its imagined begin
             rows = pack(obs, act, rew, next_obs, terminated)[: args.model_buffer_size - filled]
             buffer = rows.new_empty(args.model_buffer_size, rows.shape[1]) if buffer is None else buffer
-            buffer[filled : filled + len(rows)] = rows
+            buffer[filled : filled + len(rows)] = rows  # l. 14
             filled += len(rows)
             cut += terminated.sum().item() if i == 0 else 0
             next_obs = obs[~terminated]  # one step back in time; a chain that ended stays ended
@@ -649,6 +663,7 @@ class CQL:
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())
+        # logarithms of SAC's temperature and of CQL's weight
         self.alphas = nn.ParameterDict({"sac": torch.zeros(()), "cql": torch.tensor(math.log(max(args.cql_alpha, 1e-8)))}).to(device)
         self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         adam = dict(fused=True, capturable=device.type == "cuda")
@@ -657,12 +672,11 @@ class CQL:
         self.qf_opt = torch.optim.Adam(self.qf.parameters(), lr=args.qf_lr, **adam)
         self.cql_alpha_opt = torch.optim.Adam([self.alphas["cql"]], lr=args.qf_lr, **adam)
         if args.compile:
-            torch._inductor.config.fallback_random = True  # the random numbers of eager mode
             mode = "reduce-overhead" if device.type == "cuda" else None
             self.policy_loss, self.critic_loss = (torch.compile(f, mode=mode) for f in (self.policy_loss, self.critic_loss))
 
     def policy_loss(self, obs, act, alpha, warm_up: bool):
-        """SAC's objective; in the warm-up the likelihood of the batch's actions takes the place of Q."""
+        """SAC's objective (arXiv:1812.05905, Eq. 7); in the warm-up the likelihood of the batch's actions takes Q's place."""
         mean, log_std = self.policy(obs)
         new_act, log_prob = squash(mean, log_std, torch.randn_like(mean))
         gain = squashed_log_prob(mean, log_std, act) if warm_up else self.qf(obs, new_act).amin(0)
@@ -673,7 +687,7 @@ class CQL:
         B, N, A, device = len(obs), self.args.cql_samples, self.act_dim, obs.device
         with torch.no_grad():  # no gradient through sampled actions
             mean, log_std = self.policy(torch.cat([obs, next_obs]))  # (2B, A)
-            noise = torch.randn(2 * B, N + 1, A, device=device)
+            noise = torch.randn(2 * B, N + 1, A, device=device)  # N proposals, and the action of the TD target
             pi_act, pi_log_prob = squash(mean.unsqueeze(1), log_std.unsqueeze(1), noise)  # (2B, N+1, A), (2B, N+1)
             next_q = self.target_qf(next_obs, pi_act[B:, N]).amin(0)  # (B,)
             target_q = rew + self.args.gamma * (1 - terminated) * next_q  # no entropy in the backup
@@ -690,17 +704,13 @@ class CQL:
         return td_loss, penalty, q_means
 
     def update(self, obs, act, rew, next_obs, terminated, warm_up, bc_only):
-        """Policy, temperature, Q functions, targets, in this order; returns metrics as tensors."""
+        """Policy, temperature, Q functions, targets, in this order; returns metrics, which the next update may overwrite."""
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         alpha = self.alphas["sac"].detach().exp()
         policy_loss, log_prob = self.policy_loss(obs, act, alpha, warm_up)
-        self.policy_opt.zero_grad()
-        policy_loss.backward(inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        self.policy_opt.step()
-        self.alpha_opt.zero_grad()
-        (-self.alphas["sac"] * (log_prob + self.target_entropy)).backward()
-        self.alpha_opt.step()
+        descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
+        descend(self.alpha_opt, -self.alphas["sac"] * (log_prob + self.target_entropy))
         metrics = {"losses/policy": policy_loss.detach(), "q/entropy": -log_prob, "q/alpha": alpha}
         if bc_only:
             return metrics
@@ -709,12 +719,9 @@ class CQL:
         cql_alpha = self.args.cql_alpha
         if self.args.lagrange:  # ascent on alpha (penalty - gap), summed over both Q functions
             cql_alpha = self.alphas["cql"].detach().exp().clamp(max=1e6)
-            self.cql_alpha_opt.zero_grad()
-            (-self.alphas["cql"].exp().clamp(max=1e6) * (penalty.detach() - 2 * self.args.lagrange_gap)).backward()
-            self.cql_alpha_opt.step()
-        self.qf_opt.zero_grad()
-        (td_loss + cql_alpha * penalty).backward()
-        self.qf_opt.step()
+            lagrangian = self.alphas["cql"].exp().clamp(max=1e6) * (penalty.detach() - 2 * self.args.lagrange_gap)
+            descend(self.cql_alpha_opt, -lagrangian)
+        descend(self.qf_opt, td_loss + cql_alpha * penalty)
         torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         return metrics | q_metrics | {"losses/td": td_loss.detach(), "losses/conservative": penalty.detach()}
 
@@ -739,7 +746,8 @@ class CQL:
 def imagined_data(task, data, args, device, run):
     """Reverse model, reverse policy, imagination (ROMI Alg. 1, l. 2-14), each taken up where the checkpoint left it.
 
-    Every phase begins with a seed of its own, so a resumed run imagines the same rows again and need not store gigabytes.
+    Every phase begins with a seed of its own, so a resumed run (same device, same number of threads) imagines the same rows
+    again and need not store gigabytes.
     """
     known = data.has_next  # a row without a true successor teaches a model nothing but resets
     obs, act, rew, next_obs = (x[known].to(device) for x in (data.obs, data.act, data.rew, data.next_obs))
@@ -764,6 +772,8 @@ def imagined_data(task, data, args, device, run):
     reward_range = data.rew.min().item(), data.rew.max().item()
     terminates = termination_fn(task, data)
     imagined, stats = imagine(data.obs.to(device), dynamics, reverse_policy, terminates, starts, reward_range, args)
+    if not imagined.isfinite().all():
+        raise UserError("imagined rows are not finite: the reverse model has diverged; try a smaller --dynamics-lr", status=3)
     if "agent" not in run.state:
         run.log(0, stats | {"model/data_reward_min": reward_range[0], "model/data_reward_max": reward_range[1]})
     return imagined
@@ -774,12 +784,16 @@ def main(args):
     args = resolve(args, task)
     device = pick_device(args.device)
     data = load_dataset(task, args.dataset)
+    if args.model_ratio > 0 and data.has_next.sum() < 10:
+        raise UserError(f"--dataset {args.dataset}: too few transitions with a known successor to train a model")
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     run = Run(args, task, data, device)
     if run.finished:
         return print(f"{run.folder} is finished; more --total-updates would carry it on")
     torch.set_num_threads(args.num_threads)
     keep_freed_memory()
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
     random.seed(args.seed)
     np.random.seed(args.seed)
 
@@ -788,18 +802,21 @@ def main(args):
     imagined = imagined_data(task, data, args, device, run) if num_model else None
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
     agent, step = CQL(obs_dim, act_dim, args, device), 0
+    bc_only = num_model == 0 and args.bc_warmup >= args.total_updates  # the policy never looks at Q: do not train it
     if "agent" in run.state:
         agent.load_state_dict(run.state["agent"])
         step = run.state["step"]
         run.restore_rng()
+        if bc_only != (not agent.qf_opt.state):
+            raise UserError(f"{run.folder}: a run that only clones cannot go on with Q functions, nor the reverse; see --bc-warmup")
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
     real = Sampler(len(data), priority_weights(data.trajectory_returns()) if args.priority_policy else None, device)
-    bc_only = num_model == 0 and args.bc_warmup >= args.total_updates  # the policy never looks at Q
 
-    bar, score, sps, begin, mark = progress(args.total_updates, args.exp_name, "update", step), None, 0.0, step, (step, time.time())
-    while step < args.total_updates:
+    bar, score = progress(args.total_updates, args.exp_name, "update", step), None
+    begin, mark = (step, time.time()), (step, time.time())
+    while step < args.total_updates:  # ROMI Alg. 1, l. 15-16: D_env u D_model, exactly num_model rows of a batch imagined
         batch = rows[real(args.batch_size - num_model)]
-        if num_model:  # the split is exact in every batch
+        if num_model:
             batch = torch.cat([batch, imagined[torch.randint(len(imagined), (num_model,), device=device)]])
         metrics = agent.update(*unpack(batch, obs_dim, act_dim), step < args.bc_warmup, bc_only)
         step += 1
@@ -812,9 +829,11 @@ def main(args):
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
             score = round(run.evaluate(step, envs, agent.act), 1)
         if save:
+            if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters())):
+                raise UserError(f"weights not finite at update {step}; {run.folder} keeps its last good checkpoint", status=3)
             run.save("policy", step, agent=agent.state_dict())
     bar.close()
-    run.finish(step, sps if step > begin else 0.0)
+    run.finish(step, (step - begin[0]) / max(time.time() - begin[1], 1e-9))
 
 
 if __name__ == "__main__":

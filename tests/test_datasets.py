@@ -94,6 +94,25 @@ def test_collected_rows_are_whole_episodes_of_the_environment(collector):
         assert terminated == data["terminals"][i]
 
 
+class Ends(gymnasium.Env):
+    """Episodes of one step that end by a terminal, by the time limit, by both at once, and so on."""
+
+    data, count = SimpleNamespace(qpos=np.zeros(1), qvel=np.zeros(1)), 0
+
+    def reset(self, seed=None, options=None):
+        return np.zeros(1), {}
+
+    def step(self, action):
+        self.count += 1
+        return np.ones(1), 1.0, self.count % 3 != 2, self.count % 3 != 1, {}
+
+
+def test_row_that_ends_both_ways_is_recorded_as_terminal(collector, monkeypatch):
+    monkeypatch.setattr(collector, "make_env", lambda _: Ends())
+    data = collector.collect("hopper", lambda obs: np.zeros((1, 1)), 6, seed=0, desc="test", num_envs=1)
+    assert data["terminals"].tolist() == [True, False, True] * 2 and data["timeouts"].tolist() == [False, True, False] * 2
+
+
 def test_written_file_is_read_back_and_its_sheet_is_right(collector, tmp_path):
     data = by_hand()
     path = tmp_path / "new" / "hopper_random.hdf5"
@@ -282,15 +301,24 @@ def test_killed_command_gives_the_same_data(collector, tmp_path, capsys):
     assert (tmp_path / "cut" / "hopper_random.hdf5").stat().st_mtime_ns == before
 
 
-def test_data_set_does_not_depend_on_the_others(collector, tmp_path):
-    """random alone equals random beside medium; a file that was deleted is made again although its sheet is there."""
-    run(collector, kinds=("random",), out=tmp_path / "alone")
-    run(collector, kinds=("medium", "random"), out=tmp_path / "both")
-    first = arrays(tmp_path / "both" / "hopper_medium.hdf5")
-    (tmp_path / "both" / "hopper_medium.hdf5").unlink()
-    run(collector, kinds=("medium", "random"), out=tmp_path / "both")
-    assert_same_arrays(*(arrays(tmp_path / folder / "hopper_random.hdf5") for folder in ("alone", "both")))
-    assert_same_arrays(first, arrays(tmp_path / "both" / "hopper_medium.hdf5"))
+def test_data_sets_do_not_depend_on_which_others_are_made(collector, tmp_path):
+    kinds = ("random", "medium", "expert", "medium-expert")
+    run(collector, kinds=kinds, out=tmp_path / "all")
+    made = {kind: arrays(tmp_path / "all" / f"hopper_{kind.replace('-', '_')}.hdf5") for kind in kinds}
+    for kind in ("random", "medium", "medium-expert"):
+        run(collector, kinds=(kind,), out=tmp_path / kind)
+        assert_same_arrays(arrays(tmp_path / kind / f"hopper_{kind.replace('-', '_')}.hdf5"), made[kind])
+    halves = {k: np.concatenate([made["medium"][k], made["expert"][k]]) for k in made["medium"]}
+    assert_same_arrays(made["medium-expert"], halves)
+    assert not np.array_equal(made["medium"]["actions"][:20], made["expert"]["actions"][:20])
+
+
+def test_deleted_file_is_made_again_although_its_sheet_is_there(collector, tmp_path):
+    run(collector, kinds=("random",), out=tmp_path)
+    first = arrays(tmp_path / "hopper_random.hdf5")
+    (tmp_path / "hopper_random.hdf5").unlink()
+    run(collector, kinds=("random",), out=tmp_path)
+    assert_same_arrays(arrays(tmp_path / "hopper_random.hdf5"), first)
 
 
 def test_run_that_never_is_medium_says_so(collector, tmp_path):

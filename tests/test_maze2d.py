@@ -7,10 +7,11 @@ from pathlib import Path
 
 import gymnasium
 import h5py
-import maze2d_env as env_file
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+
+import maze2d_env as env_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
