@@ -57,7 +57,7 @@ def cases(args):
     for bf16 in (False, True):
         agent = romi_cql.CQL(O, A, replace(base, bf16=bf16), device)
         yield f"cql update{', bf16' * bf16}", lambda agent=agent: agent.update(*rows, False, False), 1, "update", 115, 46
-    dynamics = romi_cql.ReverseDynamics(O, A, base).to(device)
+    dynamics = romi_cql.Dynamics(O, A, base).to(device)
     opt, x, y = dynamics.optimizer(), torch.randn(7, 256, O + A, device=device), torch.randn(7, 256, O + 1, device=device)
     loss = torch.compile(dynamics.loss) if args.compile else dynamics.loss
 

@@ -95,15 +95,15 @@ class Args:
     # --- rollout (None: the task's value, SETTINGS below) ---
     horizon: int | None = None  # imagined steps per start state (h)
     model_ratio: float | None = None  # share of imagined rows in a batch (eta; 1 - real_ratio elsewhere); 0: the base learner
-    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # reverse policy
+    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # reverse policy: which actions are imagined
     priority_rollout: bool | None = None  # draw start states by the return of their trajectory
     priority_policy: bool | None = None  # draw the real rows of each batch by the return of their trajectory
     model_buffer_size: int = 4_000_000  # imagined transitions, made once before policy learning
     rollout_batch_size: int = 20_000  # start states per call; the distribution does not depend on it
     clip_rewards: bool = False  # clip imagined rewards to the range of the data
-    reverse_policy_updates: int = 500_000  # of the CVAE or RBC (C_theta)
-    reverse_policy_batch_size: int = 100
-    reverse_policy_lr: float = 1e-3
+    rollout_policy_updates: int = 500_000  # of the CVAE or RBC (C_theta)
+    rollout_policy_batch_size: int = 100
+    rollout_policy_lr: float = 1e-3
     vae_hidden: int = 750  # width of the 2 hidden layers of encoder and decoder
     kl_weight: float = 0.5  # of the mean KL; the paper's unit weight in summed form would be 2
     latent_clip: float = 0.5  # sampled latents are clipped to +- this; inf as in the paper
@@ -360,8 +360,8 @@ class QFunctions(nn.Module):
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
 
 
-class ReverseVAE(nn.Module):
-    """G(a|s'): conditional VAE with encoder E(s', a) and decoder D(s', z)."""
+class ConditionalVAE(nn.Module):
+    """G(a|c) with encoder E(c, a) and decoder D(c, z); the condition c is a state, s' for a reverse policy."""
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
@@ -369,25 +369,25 @@ class ReverseVAE(nn.Module):
         self.encoder = mlp(obs_dim + act_dim, args.vae_hidden, args.vae_hidden, 2 * self.latent_dim)
         self.decoder = mlp(obs_dim + self.latent_dim, args.vae_hidden, args.vae_hidden, act_dim)
 
-    def decode(self, next_obs, latent):
-        return self.decoder(torch.cat([next_obs, latent], -1)).tanh()
+    def decode(self, cond, latent):
+        return self.decoder(torch.cat([cond, latent], -1)).tanh()
 
-    def loss(self, next_obs, act):
+    def loss(self, cond, act):
         """Reconstruction error and KL to N(0, I), each a mean over batch and dimensions (ROMI Eq. 3)."""
-        mean, log_std = self.encoder(torch.cat([next_obs, act], -1)).chunk(2, -1)
+        mean, log_std = self.encoder(torch.cat([cond, act], -1)).chunk(2, -1)
         log_std = log_std.clamp(-4, 15)
-        recon = self.decode(next_obs, mean + log_std.exp() * torch.randn_like(mean))
+        recon = self.decode(cond, mean + log_std.exp() * torch.randn_like(mean))
         kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean()
         return F.mse_loss(recon, act) + self.args.kl_weight * kl
 
-    def sample(self, next_obs):
-        """next_obs (B, O) -> (B, A)"""
-        latent = torch.randn(len(next_obs), self.latent_dim, device=next_obs.device)
-        return self.decode(next_obs, latent.clamp(-self.args.latent_clip, self.args.latent_clip))
+    def sample(self, cond):
+        """cond (B, O) -> (B, A)"""
+        latent = torch.randn(len(cond), self.latent_dim, device=cond.device)
+        return self.decode(cond, latent.clamp(-self.args.latent_clip, self.args.latent_clip))
 
 
-class ReverseBC(nn.Module):
-    """pi(a|s'): tanh-squashed Gaussian on standardised next observations (ROMI Sec. 4.4)."""
+class BehaviourCloning(nn.Module):
+    """pi(a|c): tanh-squashed Gaussian on standardised states; on s' it is reverse behaviour cloning, RBC (ROMI Sec. 4.4)."""
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
@@ -395,17 +395,17 @@ class ReverseBC(nn.Module):
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
 
-    def forward(self, next_obs):
-        mean, log_std = self.net((next_obs - self.mean) / self.std).chunk(2, -1)
+    def forward(self, cond):
+        mean, log_std = self.net((cond - self.mean) / self.std).chunk(2, -1)
         return mean, log_std.clamp(-20, 2)
 
-    def loss(self, next_obs, act):
+    def loss(self, cond, act):
         """Negative log-likelihood (ROMI Eq. 4), less an entropy bonus if asked for."""
-        mean, log_std = self(next_obs)
+        mean, log_std = self(cond)
         return -squashed_log_prob(mean, log_std, act).mean() - self.args.rbc_entropy * log_std.sum(-1).mean()
 
-    def sample(self, next_obs):
-        mean, log_std = self(next_obs)
+    def sample(self, cond):
+        mean, log_std = self(cond)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
 
@@ -414,14 +414,16 @@ class UniformPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
-        self.sample = lambda next_obs: 2 * torch.rand(len(next_obs), act_dim, device=next_obs.device) - 1
+        self.sample = lambda cond: 2 * torch.rand(len(cond), act_dim, device=cond.device) - 1
 
 
 # --- dynamics model ---
 
 
-class ReverseDynamics(nn.Module):
-    """p(s, r | s', a): E Gaussians over (r, s - s'), each a network of its own, one tensor operation per layer (ROMI Eq. 1)."""
+class Dynamics(nn.Module):
+    """E Gaussians over reward and change of state, each a network of its own, one tensor operation per layer. A reverse model
+    is given s' and predicts s, p(s, r | s', a) (ROMI Eq. 1); a forward model is given s: `cond` and `pred` stand for the two.
+    """
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
@@ -438,11 +440,11 @@ class ReverseDynamics(nn.Module):
         self.register_buffer("std", torch.ones(obs_dim + act_dim))
         self.register_buffer("elites", torch.arange(args.num_elites))
 
-    def inputs(self, next_obs, act):
-        return (torch.cat([next_obs, act], -1) - self.mean) / self.std
+    def inputs(self, cond, act):
+        return (torch.cat([cond, act], -1) - self.mean) / self.std
 
     def forward(self, x, members=slice(None)):
-        """x (E, B, O+A), standardised -> mean and log-variance of (r, s - s'), (E, B, 1+O) each"""
+        """x (E, B, O+A), standardised -> mean and log-variance of (r, pred - cond), (E, B, 1+O) each"""
         for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
             x = torch.baddbmm(b[members], x, w[members])
             x = F.silu(x) if i < len(self.weight) - 1 else x
@@ -457,16 +459,16 @@ class ReverseDynamics(nn.Module):
         return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
 
     @torch.no_grad()
-    def sample(self, next_obs, act):
-        """(s, r) ~ p(.|s', a), each row from an elite of its own: (B, O), (B, A) -> (B, O), (B,)"""
-        x = self.inputs(next_obs, act)
+    def sample(self, cond, act):
+        """pred and r, each row from an elite of its own: (B, O), (B, A) -> (B, O), (B,)"""
+        x = self.inputs(cond, act)
         chosen = self.elites[torch.randint(len(self.elites), (len(x),), device=x.device)]
-        out = torch.randn(len(x), next_obs.shape[1] + 1, device=x.device)
+        out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
         for e in self.elites.tolist():
             rows = (chosen == e).nonzero().squeeze(1)
             mean, logvar = self(x[rows].unsqueeze(0), slice(e, e + 1))
             out[rows] = mean[0] + (0.5 * logvar[0]).exp() * out[rows]
-        return next_obs + out[:, 1:], out[:, 0]
+        return cond + out[:, 1:], out[:, 0]
 
     def optimizer(self):
         """Adam's own weight decay adds wd W to the gradient: the gradient of the reference's loss term wd/2 |W|^2."""
@@ -475,20 +477,20 @@ class ReverseDynamics(nn.Module):
         return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)
 
 
-def train_dynamics(dynamics, obs, act, rew, next_obs, args, run):
+def train_dynamics(dynamics, cond, act, rew, pred, args, run):
     """Maximum likelihood until the holdout error of every member has stopped falling (ROMI Alg. 1, l. 2-5)."""
-    device, E = obs.device, args.ensemble_size
+    device, E = cond.device, args.ensemble_size
     # Split and bootstraps come from a generator of their own: a resumed run draws the same ones again.
     split = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(obs), generator=split).to(device)
-    num_holdout = max(1, min(int(args.holdout_ratio * len(obs)), args.holdout_max))
+    order = torch.randperm(len(act), generator=split).to(device)
+    num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
     bootstrap = torch.randint(len(train), (E, len(train)), generator=split).to(device)
-    x, y = torch.cat([next_obs, act], -1), torch.cat([rew[:, None], obs - next_obs], -1)
+    x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
     dynamics.mean.copy_(mean)
     dynamics.std.copy_(torch.where(std < 1e-12, 1.0, std))
-    x = dynamics.inputs(next_obs, act)
+    x = dynamics.inputs(cond, act)
     layers, opt = [*dynamics.weight, *dynamics.bias], dynamics.optimizer()
     snapshot, best = [p.detach().clone() for p in layers], torch.full((E,), math.inf, device=device)
     epoch = stale = 0
@@ -533,30 +535,30 @@ def train_dynamics(dynamics, obs, act, rew, next_obs, args, run):
     print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, holdout MSE {mse[dynamics.elites].mean():.4g}", file=sys.stderr)
 
 
-def train_reverse_policy(policy, next_obs, act, args, run):
-    """CVAE or RBC on the pairs (s', a) of the data (ROMI Alg. 1, l. 6-9)."""
-    opt, step = torch.optim.Adam(policy.parameters(), lr=args.reverse_policy_lr, fused=True), 0
+def train_rollout_policy(policy, cond, act, args, run):
+    """CVAE or RBC on the states and actions of the data (ROMI Alg. 1, l. 7-9)."""
+    opt, step = torch.optim.Adam(policy.parameters(), lr=args.rollout_policy_lr, fused=True), 0
     if args.rollout_policy == "rbc":
-        policy.mean.copy_(next_obs.mean(0))
-        policy.std.copy_(next_obs.std(0) + 1e-6)
-    if "reverse_policy_opt" in run.state:
-        policy.load_state_dict(run.state["reverse_policy"])
-        opt.load_state_dict(run.state["reverse_policy_opt"])
+        policy.mean.copy_(cond.mean(0))
+        policy.std.copy_(cond.std(0) + 1e-6)
+    if "rollout_policy_opt" in run.state:
+        policy.load_state_dict(run.state["rollout_policy"])
+        opt.load_state_dict(run.state["rollout_policy_opt"])
         step = run.state["step"]
         run.restore_rng()
     loss_fn = torch.compile(policy.loss) if args.compile else policy.loss
-    bar = progress(args.reverse_policy_updates, f"reverse policy ({args.rollout_policy})", "update", step)
-    while step < args.reverse_policy_updates:
-        idx = torch.randint(len(act), (args.reverse_policy_batch_size,), device=act.device)
-        loss = loss_fn(next_obs[idx], act[idx])
+    bar = progress(args.rollout_policy_updates, f"rollout policy ({args.rollout_policy})", "update", step)
+    while step < args.rollout_policy_updates:
+        idx = torch.randint(len(act), (args.rollout_policy_batch_size,), device=act.device)
+        loss = loss_fn(cond[idx], act[idx])
         descend(opt, loss)
         step += 1
         bar.update()
         if step % args.log_every == 0 or step % args.checkpoint_every == 0:
-            run.log(0, {"model/reverse_policy_update": step, "losses/reverse_policy": loss.detach()})
+            run.log(0, {"model/rollout_policy_update": step, "losses/rollout_policy": loss.detach()})
             bar.set_postfix(loss=f"{loss.item():.4g}")
         if step % args.checkpoint_every == 0:
-            run.save("reverse_policy", step, reverse_policy=policy.state_dict(), reverse_policy_opt=opt.state_dict())
+            run.save("rollout_policy", step, rollout_policy=policy.state_dict(), rollout_policy_opt=opt.state_dict())
     bar.close()
 
 
@@ -616,17 +618,18 @@ class Sampler:
 
 
 @torch.no_grad()
-def imagine(starts, dynamics, reverse_policy, terminates, sampler, reward_range, args):
+def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range, args):
     """Reverse rollouts from rows of `starts` (N, O) until the buffer is full: (M, 2 O + A + 2) and what to log
     (ROMI Alg. 1, l. 10-14)."""
     buffer, filled, chains, cut = None, 0, 0, 0
     bar = progress(args.model_buffer_size, "imagination", "row")
     while filled < args.model_buffer_size:
-        next_obs = starts[sampler(args.rollout_batch_size)]  # target states s_t+1 of the data, l. 12
-        chains += len(next_obs)
+        cond = starts[sampler(args.rollout_batch_size)]  # target states s_t+1 of the data, l. 12
+        chains += len(cond)
         for i in range(args.horizon):
-            act = reverse_policy.sample(next_obs)  # a_t ~ G(.|s_t+1), l. 13
-            obs, rew = dynamics.sample(next_obs, act)  # s_t, r_t ~ p(.|s_t+1, a_t), l. 13
+            act = rollout_policy.sample(cond)  # a_t ~ G(.|s_t+1), l. 13
+            pred, rew = dynamics.sample(cond, act)  # s_t, r_t ~ p(.|s_t+1, a_t), l. 13
+            obs, next_obs = pred, cond
             rew = rew.clamp(*reward_range) if args.clip_rewards else rew
             terminated = terminates(obs, act, next_obs)  # about the given end of the transition, not its imagined begin
             rows = pack(obs, act, rew, next_obs, terminated)[: args.model_buffer_size - filled]
@@ -634,7 +637,7 @@ def imagine(starts, dynamics, reverse_policy, terminates, sampler, reward_range,
             buffer[filled : filled + len(rows)] = rows  # l. 14
             filled += len(rows)
             cut += terminated.sum().item() if i == 0 else 0
-            next_obs = obs[~terminated]  # one step back in time; a chain that ended stays ended
+            cond = pred[~terminated]  # one step back in time; a chain that ended stays ended
         bar.update(filled - bar.n)
     bar.close()
     _, _, rew, _, terminated = unpack(buffer, obs.shape[1], act.shape[1])
@@ -744,34 +747,35 @@ class CQL:
 
 
 def imagined_data(task, data, args, device, run):
-    """Reverse model, reverse policy, imagination (ROMI Alg. 1, l. 2-14), each taken up where the checkpoint left it.
+    """Reverse model, reverse policy, imagination (ROMI Alg. 1, l. 2-14), each phase taken up where the checkpoint left it.
 
     Every phase begins with a seed of its own, so a resumed run (same device, same number of threads) imagines the same rows
     again and need not store gigabytes.
     """
     known = data.has_next  # a row without a true successor teaches a model nothing but resets
     obs, act, rew, next_obs = (x[known].to(device) for x in (data.obs, data.act, data.rew, data.next_obs))
+    cond, pred = next_obs, obs  # backwards
     torch.manual_seed(4 * args.seed)
-    dynamics = ReverseDynamics(obs.shape[1], act.shape[1], args).to(device)
+    dynamics = Dynamics(obs.shape[1], act.shape[1], args).to(device)
     if run.state.get("phase", "dynamics") == "dynamics":
-        train_dynamics(dynamics, obs, act, rew, next_obs, args, run)
-        run.save("reverse_policy", 0, dynamics=dynamics.state_dict(), dynamics_training=None)
+        train_dynamics(dynamics, cond, act, rew, pred, args, run)
+        run.save("rollout_policy", 0, dynamics=dynamics.state_dict(), dynamics_training=None)
     dynamics.load_state_dict(run.state["dynamics"])
 
     torch.manual_seed(4 * args.seed + 1)
-    policy_class = {"cvae": ReverseVAE, "rbc": ReverseBC, "uniform": UniformPolicy}[args.rollout_policy]
-    reverse_policy = policy_class(obs.shape[1], act.shape[1], args).to(device)
-    if run.state["phase"] == "reverse_policy":
+    policy_class = {"cvae": ConditionalVAE, "rbc": BehaviourCloning, "uniform": UniformPolicy}[args.rollout_policy]
+    rollout_policy = policy_class(obs.shape[1], act.shape[1], args).to(device)
+    if run.state["phase"] == "rollout_policy":
         if args.rollout_policy != "uniform":
-            train_reverse_policy(reverse_policy, next_obs, act, args, run)
-        run.save("policy", 0, reverse_policy=reverse_policy.state_dict(), reverse_policy_opt=None)
-    reverse_policy.load_state_dict(run.state["reverse_policy"])
+            train_rollout_policy(rollout_policy, cond, act, args, run)
+        run.save("policy", 0, rollout_policy=rollout_policy.state_dict(), rollout_policy_opt=None)
+    rollout_policy.load_state_dict(run.state["rollout_policy"])
 
     torch.manual_seed(4 * args.seed + 2)
     starts = Sampler(len(data), priority_weights(data.trajectory_returns()) if args.priority_rollout else None, device)
     reward_range = data.rew.min().item(), data.rew.max().item()
     terminates = termination_fn(task, data)
-    imagined, stats = imagine(data.obs.to(device), dynamics, reverse_policy, terminates, starts, reward_range, args)
+    imagined, stats = imagine(data.obs.to(device), dynamics, rollout_policy, terminates, starts, reward_range, args)
     if not imagined.isfinite().all():
         raise UserError("imagined rows are not finite: the reverse model has diverged; try a smaller --dynamics-lr", status=3)
     if "agent" not in run.state:

@@ -75,7 +75,7 @@ def test_log_prob_of_boundary_actions_is_finite():
 
 
 def test_dynamics_loss_is_the_gaussian_likelihood():
-    dynamics = m.ReverseDynamics(2, 2, ARGS)
+    dynamics = m.Dynamics(2, 2, ARGS)
     x, y = torch.randn(7, 5, 4), torch.randn(7, 5, 3)
     mean, logvar = dynamics(x)
     nll = -Normal(mean, (0.5 * logvar).exp()).log_prob(y).mean((1, 2))
@@ -84,7 +84,7 @@ def test_dynamics_loss_is_the_gaussian_likelihood():
 
 
 def test_log_variance_bounds_are_soft_and_keep_a_gradient():
-    dynamics = m.ReverseDynamics(2, 2, ARGS)
+    dynamics = m.Dynamics(2, 2, ARGS)
     dynamics(torch.randn(7, 5, 4))
     raw = torch.linspace(-15, 15, 31, requires_grad=True)
     bounded = 0.5 - torch.nn.functional.softplus(0.5 - raw)
@@ -101,7 +101,7 @@ def test_log_variance_bounds_are_soft_and_keep_a_gradient():
 
 
 def test_bounds_are_pulled_together_by_one_hundredth():
-    dynamics = m.ReverseDynamics(2, 2, ARGS)
+    dynamics = m.Dynamics(2, 2, ARGS)
     (0.01 * (dynamics.max_logvar.sum() - dynamics.min_logvar.sum())).backward()
     regulariser = dynamics.max_logvar.grad.clone(), dynamics.min_logvar.grad.clone()
     dynamics.zero_grad()
@@ -116,7 +116,7 @@ def test_bounds_are_pulled_together_by_one_hundredth():
 
 
 def test_members_do_not_mix():
-    dynamics = m.ReverseDynamics(2, 2, ARGS)
+    dynamics = m.Dynamics(2, 2, ARGS)
     x = torch.randn(7, 5, 4)
     mean, logvar = dynamics(x)
     for e in range(7):
@@ -129,7 +129,7 @@ def test_members_do_not_mix():
 
 
 def test_weight_decay_is_the_gradient_of_the_references_loss_term():
-    dynamics = m.ReverseDynamics(2, 2, replace(ARGS, dynamics_weight_decay=(0.1, 0.2, 0.3, 0.4, 0.5)))
+    dynamics = m.Dynamics(2, 2, replace(ARGS, dynamics_weight_decay=(0.1, 0.2, 0.3, 0.4, 0.5)))
     opt = dynamics.optimizer()
     assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.2, 0.3, 0.4, 0.5, 0]
     assert all(g["params"][0] is w for g, w in zip(opt.param_groups, dynamics.weight, strict=False))
@@ -138,7 +138,7 @@ def test_weight_decay_is_the_gradient_of_the_references_loss_term():
 
 
 def test_sampled_rows_come_from_elites_only():
-    dynamics = m.ReverseDynamics(2, 2, ARGS)
+    dynamics = m.Dynamics(2, 2, ARGS)
     with torch.no_grad():  # member e predicts the constant e, almost without noise
         dynamics.weight[-1].zero_()
         for e in range(7):
@@ -156,8 +156,8 @@ def test_sampled_rows_come_from_elites_only():
 def trained():
     torch.manual_seed(0)
     obs, act, rew, next_obs = toy()
-    dynamics, log = m.ReverseDynamics(2, 2, ARGS), Log()
-    m.train_dynamics(dynamics, obs, act, rew, next_obs, replace(ARGS, dynamics_max_epochs=40), log)
+    dynamics, log = m.Dynamics(2, 2, ARGS), Log()
+    m.train_dynamics(dynamics, next_obs, act, rew, obs, replace(ARGS, dynamics_max_epochs=40), log)
     return dynamics, log
 
 
@@ -173,8 +173,8 @@ def test_learnt_reverse_model_undoes_the_forward_step(trained):
 def test_noise_of_the_system_is_learnt_as_variance():
     obs, act, rew, next_obs = toy(4000)
     noisy = obs + 0.1 * torch.randn_like(obs)
-    dynamics, log = m.ReverseDynamics(2, 2, ARGS), Log()
-    m.train_dynamics(dynamics, noisy, act, rew, next_obs, replace(ARGS, dynamics_max_epochs=30), log)
+    dynamics, log = m.Dynamics(2, 2, ARGS), Log()
+    m.train_dynamics(dynamics, next_obs, act, rew, noisy, replace(ARGS, dynamics_max_epochs=30), log)
     assert log.rows[-1]["model/elite_mse"] == pytest.approx(2 / 3 * 0.01, rel=0.2)  # two noisy dimensions, an exact reward
     _, logvar = dynamics(dynamics.inputs(next_obs, act).expand(7, -1, -1))
     assert logvar[dynamics.elites, :, 1:].exp().mean().item() == pytest.approx(0.01, rel=0.2)
@@ -183,23 +183,23 @@ def test_noise_of_the_system_is_learnt_as_variance():
 def test_elites_are_the_members_with_the_lowest_holdout_error():
     obs, act, rew, next_obs = toy(300)
     args = replace(ARGS, dynamics_max_epochs=1, dynamics_lr=1e-30)  # weights stay where they are put
-    dynamics = m.ReverseDynamics(2, 2, args)
+    dynamics = m.Dynamics(2, 2, args)
     with torch.no_grad():
         dynamics.weight[-1].zero_()
         dynamics.bias[-1][:, 0, :3] = torch.tensor([7.0, 1.0, 6.0, 2.0, 5.0, 3.0, 4.0])[:, None]
-    m.train_dynamics(dynamics, obs, act, rew, next_obs, args, Log())
+    m.train_dynamics(dynamics, next_obs, act, rew, obs, args, Log())
     assert dynamics.elites.tolist() == [1, 3, 5, 6, 4]
 
 
 def test_every_member_keeps_its_own_best_epoch():
     (obs, act, rew, next_obs), args = toy(300), replace(ARGS, dynamics_max_epochs=8, dynamics_patience=99, dynamics_lr=3e-2)
-    dynamics, seen = m.ReverseDynamics(2, 2, args), []
+    dynamics, seen = m.Dynamics(2, 2, args), []
 
     class Watch(Log):
         def save(self, phase, step, dynamics, dynamics_training):
             seen.append((dynamics_training["best"].clone(), [p.clone() for p in dynamics_training["snapshot"]]))
 
-    m.train_dynamics(dynamics, obs, act, rew, next_obs, args, Watch())
+    m.train_dynamics(dynamics, next_obs, act, rew, obs, args, Watch())
     layers = [*dynamics.weight, *dynamics.bias]
     bests = torch.stack([best for best, _ in seen])  # (epochs, E)
     last_gain = [max(i for i in range(8) if i == 0 or bests[i, e] < bests[i - 1, e]) for e in range(7)]
@@ -210,8 +210,8 @@ def test_every_member_keeps_its_own_best_epoch():
 
 def test_training_stops_on_the_sixth_stale_epoch_and_keeps_the_best_weights(monkeypatch):
     obs, act, rew, next_obs = toy(400)
-    dynamics, log = m.ReverseDynamics(2, 2, replace(ARGS, dynamics_lr=1e-12)), Log()
-    m.train_dynamics(dynamics, obs, act, rew, next_obs, replace(ARGS, dynamics_lr=1e-12), log)
+    dynamics, log = m.Dynamics(2, 2, replace(ARGS, dynamics_lr=1e-12)), Log()
+    m.train_dynamics(dynamics, next_obs, act, rew, obs, replace(ARGS, dynamics_lr=1e-12), log)
     epochs = [r["model/epoch"] for r in log.rows if "model/epoch" in r]
     assert epochs == list(range(1, 8))  # the first epoch improves on infinity, then six do not
 
@@ -220,7 +220,7 @@ def test_training_stops_on_the_sixth_stale_epoch_and_keeps_the_best_weights(monk
 
 
 def test_vae_loss_is_reconstruction_plus_weighted_mean_kl(monkeypatch):
-    vae = m.ReverseVAE(2, 3, ARGS)
+    vae = m.ConditionalVAE(2, 3, ARGS)
     next_obs, act = torch.randn(5, 2), torch.rand(5, 3)
     noise = torch.randn(5, 6)
     monkeypatch.setattr(torch, "randn_like", lambda x: noise)
@@ -231,7 +231,7 @@ def test_vae_loss_is_reconstruction_plus_weighted_mean_kl(monkeypatch):
 
 
 def test_vae_samples_use_clipped_latents_and_depend_on_the_next_state():
-    vae, seen = m.ReverseVAE(2, 3, ARGS), []
+    vae, seen = m.ConditionalVAE(2, 3, ARGS), []
     decode = vae.decode
     vae.decode = lambda next_obs, latent: (seen.append(latent), decode(next_obs, latent))[1]
     act = vae.sample(5 * torch.randn(200, 2))
@@ -240,7 +240,7 @@ def test_vae_samples_use_clipped_latents_and_depend_on_the_next_state():
 
 
 def test_vae_learns_to_reconstruct():
-    vae = m.ReverseVAE(1, 1, replace(ARGS, kl_weight=0.0))
+    vae = m.ConditionalVAE(1, 1, replace(ARGS, kl_weight=0.0))
     next_obs, act = torch.tensor([[0.0], [1.0]]), torch.tensor([[-0.5], [0.5]])
     opt = torch.optim.Adam(vae.parameters(), 1e-2)
     for _ in range(300):
@@ -252,7 +252,7 @@ def test_vae_learns_to_reconstruct():
 
 
 def test_rbc_is_maximum_likelihood():
-    rbc = m.ReverseBC(2, 3, ARGS)
+    rbc = m.BehaviourCloning(2, 3, ARGS)
     next_obs, act = torch.randn(5, 2), 0.9 * torch.rand(5, 3)
     mean, log_std = rbc(next_obs)
     reference = Independent(TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()), 1)
@@ -367,7 +367,7 @@ def test_chains_run_backwards_from_states_of_the_data(trained):
 
 
 def test_identity_model_stays_at_the_data():
-    dynamics = m.ReverseDynamics(2, 2, ARGS)
+    dynamics = m.Dynamics(2, 2, ARGS)
     with torch.no_grad():
         dynamics.weight[-1].zero_()
         dynamics.bias[-1][:, :, 3:] = -60
@@ -407,15 +407,15 @@ def test_rows_without_a_successor_teach_the_models_nothing(monkeypatch, tmp_path
     data = Dataset(obs, act, rew, next_obs, (~has_next).float(), has_next, torch.arange(100) // 10)
     seen = {}
 
-    def train(dynamics, obs, act, rew, next_obs, args, run):
-        seen["dynamics"] = next_obs
+    def train(dynamics, cond, act, rew, pred, args, run):
+        seen["dynamics"] = cond
 
     class Stored(Log):
         def save(self, phase, step, **parts):
             self.state |= parts | {"phase": phase}
 
     monkeypatch.setattr(m, "train_dynamics", train)
-    monkeypatch.setattr(m, "train_reverse_policy", lambda p, next_obs, act, args, run: seen.update(policy=next_obs))
+    monkeypatch.setattr(m, "train_rollout_policy", lambda p, cond, act, args, run: seen.update(policy=cond))
     args = replace(ARGS, rollout_policy="cvae", priority_rollout=False)
     m.imagined_data(parse_task("maze2d-umaze"), data, args, CPU, Stored())
     for x in seen.values():
@@ -650,7 +650,7 @@ def test_settings_that_cannot_work_are_refused(flags):
 SMALL = [
     "--env", "hopper-medium-replay", "--total-updates", "60", "--batch-size", "20", "--hidden", "16", "--cql-samples", "2",
     "--dynamics-hidden", "16", "--dynamics-max-epochs", "4", "--model-buffer-size", "20000", "--rollout-batch-size", "1000",
-    "--rollout-policy", "cvae", "--vae-hidden", "16", "--reverse-policy-updates", "60", "--bc-warmup", "20",
+    "--rollout-policy", "cvae", "--vae-hidden", "16", "--rollout-policy-updates", "60", "--bc-warmup", "20",
     "--eval-every", "30", "--eval-episodes", "2", "--log-every", "10", "--checkpoint-every", "20", "--num-threads", "1",
 ]  # fmt: skip
 
@@ -749,12 +749,12 @@ def test_finished_run_is_left_alone_and_more_updates_carry_it_on(whole, data_fil
     assert not [k for k in x if not torch.equal(x[k], y[k])]
 
 
-@pytest.mark.parametrize("phase", ["dynamics", "reverse_policy", "imagination", "policy"])
+@pytest.mark.parametrize("phase", ["dynamics", "rollout_policy", "imagination", "policy"])
 def test_resume_after_a_kill_equals_a_run_left_alone(whole, data_file, tmp_path, phase):
     """The process kills itself in the given phase: after a checkpoint, with work done since that is lost."""
     where = {
         "dynamics": "x.get('model/epoch') == 3",
-        "reverse_policy": "x.get('model/reverse_policy_update') == 50",
+        "rollout_policy": "x.get('model/rollout_policy_update') == 50",
         "imagination": "False",
         "policy": "u == 50",
     }[phase]
