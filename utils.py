@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import re
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -42,7 +43,7 @@ class UserError(Exception):
         self.status = status
 
     def report(self):
-        print(f"error: {' '.join(str(self).split())}", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(self).split())}", file=sys.stderr)  # on a line of its own, whatever bar is drawn
         return self.status
 
 
@@ -213,7 +214,8 @@ def load_dataset(task, source="auto", check_widths=True):
     Episode ends. A terminal does not bootstrap (terminated = 1), a time limit does. The successor of a row is its
     `next_observations` entry where the file has them, else the next row of the same episode. Without `next_observations`
     the last row of an episode has no known successor: a terminal row is kept for Q learning (has_next False), any other is
-    dropped, as D4RL's qlearning_dataset does. A row that is both terminal and timeout counts as terminal.
+    dropped, as D4RL's qlearning_dataset does. A row that is both terminal and timeout counts as terminal. Terminal rows of
+    an antmaze do have a successor: the ant ran on while the data was recorded.
     """
     kind, path = _find(task, source)
     if kind == "minari":
@@ -242,7 +244,9 @@ def _find(task, source):
         "bundled": "only hopper-medium-replay ships with the repository",
         "generated": f"make it with: python datasets/mujoco.py --env {task.domain} --kinds {task.kind}",
     }
-    if task.domain in ("maze2d", "antmaze"):
+    if task.domain == "maze2d":
+        how["generated"] = f"make it with: python datasets/maze2d.py --maze {task.kind.split('-')[0]}"
+    if task.domain == "antmaze":
         how["generated"] = "no script makes this data set"
     if source in ("auto", *how):
         if not task.file:
@@ -258,12 +262,14 @@ def _find(task, source):
                         why.append(str(e))
             else:
                 path = local[kind] / f"{stem}.hdf5"
+            if kind == "generated" and task.domain == "maze2d" and not path.exists():
+                _generate_maze2d(task, path)
             if path.exists():
                 if source == "auto":
                     print(f"data: {kind} {path.name}" + (f" ({'; '.join(why)})" if why else ""), file=sys.stderr)
                 return kind, path
         hints = "; ".join(how[k] for k in (how if source == "auto" else (source,)))
-        raise UserError(f"--dataset {source}: no data for {name} ({'; '.join(why + [hints])}; or give the path of an HDF5 file)")
+        raise UserError(f"--dataset {source}: no data for {name} ({'; '.join([*why, hints])}; or give the path of an HDF5 file)")
     path = Path(source).expanduser()
     if path.suffix in (".hdf5", ".h5") or path.exists():
         if not path.is_file():
@@ -272,6 +278,14 @@ def _find(task, source):
     if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source):
         return "minari", source
     raise UserError(f"--dataset {source}: neither a file, nor a Minari id, nor one of auto, {', '.join(how)}")
+
+
+def _generate_maze2d(task, path):
+    """Seconds per million steps: cheap enough to make on first use."""
+    print(f"data: making {path.name} with datasets/maze2d.py", file=sys.stderr)
+    command = [sys.executable, ROOT / "datasets" / "maze2d.py", "--maze", task.kind.split("-")[0], "--out", path.parent]
+    if subprocess.run(command).returncode:
+        raise UserError(f"datasets/maze2d.py could not make {path}")
 
 
 def download(url, path, size=None, sha256=None, timeout=10):
@@ -356,7 +370,8 @@ def _read_hdf5(path, task):
     if task.domain == "antmaze" and task.id.endswith("v0"):  # its flags are out of step with the resets; ROMI's rule
         jump = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1)
         timeouts = np.r_[jump > 10 * jump.mean(), True]
-    return _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad)
+    # An antmaze was not left at the goal: the row after a terminal one is its successor, and without it no model would see a reward.
+    return _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go_on=task.domain == "antmaze")
 
 
 def _timeouts_from_horizon(terminals, max_steps):
@@ -368,7 +383,7 @@ def _timeouts_from_horizon(terminals, max_steps):
     return timeouts & ~terminals
 
 
-def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad):
+def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go_on=False):
     n = len(rew)
     if np.abs(act).max() > 1 + 1e-4:
         raise UserError(f"{bad}actions reach {np.abs(act).max():.4g}, outside [-1, 1]; rescale them to the action box")
@@ -382,11 +397,12 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad):
         raise UserError(f"{bad}holds no complete episode: neither terminals nor timeouts mark an end")
     if next_obs is None:
         ends[-1] = True  # where a fragment ends is an end too, but its last row has no successor
-        keep = ~ends | terminals
-        has_next = ~ends
+        unknown = timeouts if terminals_go_on else ends
+        unknown[-1] = True
+        keep, has_next = ~unknown | terminals, ~unknown
         next_obs = np.empty_like(obs)
         next_obs[:-1] = obs[1:]
-        next_obs[ends] = obs[ends]
+        next_obs[unknown] = obs[unknown]
     else:
         keep = has_next = np.ones(n, bool)
     if not keep.any():
@@ -491,6 +507,10 @@ def make_env(task):
         warnings.filterwarnings("ignore", message=".*is out of date.*")
         if not isinstance(task, str) and not task.file and not (task.id.startswith("rewind/") and domain in robots):
             return _minari_env(task)  # our own Minari data sets cannot store the corrected margins
+        if domain == "maze2d":
+            import maze2d_env  # noqa: F401 - registers the mazes
+
+            return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")
         if domain not in robots:
             raise UserError(f"there is no evaluation environment for {getattr(task, 'id', task)}; use --eval-episodes 0")
         env = gymnasium.make(robots[domain])
@@ -520,20 +540,20 @@ def evaluate(envs, act, seed):
     """One episode in every environment of `envs`, all stepped together; act: obs (B, O) tensor -> actions (B, A).
 
     Episode i is seeded with seed + i. Returns the undiscounted returns and the lengths, NumPy arrays (len(envs),).
-    Random numbers that `act` draws from torch are not seen by the caller: the generator is put back.
+    Random numbers that `act` draws from torch are seeded too, and the caller's generators are put back.
     """
-    rng = torch.get_rng_state()
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
     alive = np.arange(len(envs))
-    while len(alive):
-        actions = np.asarray(act(torch.as_tensor(obs[alive], dtype=torch.float32)))
-        ended = np.zeros(len(alive), bool)
-        for k, i in enumerate(alive):
-            obs[i], rew, terminated, truncated, _ = envs[i].step(actions[k])
-            returns[i] += rew
-            lengths[i] += 1
-            ended[k] = terminated or truncated
-        alive = alive[~ended]
-    torch.set_rng_state(rng)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(alive):
+            actions = np.asarray(act(torch.as_tensor(obs[alive], dtype=torch.float32)))
+            ended = np.zeros(len(alive), bool)
+            for k, i in enumerate(alive):
+                obs[i], rew, terminated, truncated, _ = envs[i].step(actions[k])
+                returns[i] += rew
+                lengths[i] += 1
+                ended[k] = terminated or truncated
+            alive = alive[~ended]
     return returns, lengths

@@ -1,0 +1,187 @@
+"""Facts about ROMI-BCQ and FOMI-BCQ: BCQ's targets and losses by hand, and the direction of time in imagined chains."""
+
+from dataclasses import replace
+
+import fomi_bcq
+import pytest
+import romi_bcq
+import torch
+
+from utils import Dataset, parse_task
+
+CPU = torch.device("cpu")
+ARGS = romi_bcq.Args(
+    exp_name="test", dynamics_hidden=32, hidden=(16, 16), vae_hidden=32, bcq_samples=4, eval_samples=8, batch_size=20, model_ratio=0.7,
+    horizon=3, rollout_policy="uniform", model_buffer_size=1000, rollout_batch_size=100, lr=1e-2, phi=0.05,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def agent():
+    agent = romi_bcq.BCQ(4, 2, ARGS, CPU)
+    for p in [*agent.target_qf.parameters(), *agent.target_perturb.parameters()]:
+        p.add_(0.1)  # target networks of their own
+    return agent
+
+
+def batch(n=3, terminated=0.0):
+    return torch.randn(n, 4), 2 * torch.rand(n, 2) - 1, torch.randn(n), torch.randn(n, 4), torch.full((n,), terminated)
+
+
+def test_soft_clipped_value_by_hand():
+    q = torch.tensor([[[1.0, 5.0], [0.0, -2.0]], [[3.0, -3.0], [0.0, 2.0]]])  # (2, B, N)
+    # (1, 3) -> 1.5, (5, -3) -> -1; (0, 0) -> 0, (-2, 2) -> -1: the best action after the soft clip, of the same state
+    assert romi_bcq.soft_clipped_value(q, 0.75).tolist() == [1.5, 0.0]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_target_by_hand(agent, n):
+    obs, act, rew, next_obs, terminated = batch(n)
+    terminated[0] = 1
+    torch.manual_seed(1)
+    loss, _ = agent.critic_loss(obs, act, rew, next_obs, terminated)
+    torch.manual_seed(1)
+    latents = torch.randn(n * 4, 4).clamp(-0.5, 0.5).view(n, 4, 4)
+    by_hand = 0.0
+    for i in range(n):
+        values = []
+        for z in latents[i]:
+            a = agent.vae.decode(next_obs[i], z)
+            xi = 0.05 * agent.target_perturb.net(torch.cat([next_obs[i], a])).tanh()
+            q1, q2 = agent.target_qf(next_obs[i][None], (a + xi).clamp(-1, 1)[None])[:, 0].tolist()
+            values.append(0.75 * min(q1, q2) + 0.25 * max(q1, q2))
+        target = rew[i] + 0.99 * (1 - terminated[i]) * max(values)
+        by_hand += (agent.qf(obs[i][None], act[i][None])[:, 0] - target).square().sum() / n
+    torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_a_terminal_row_does_not_bootstrap(agent):
+    obs, act, rew, next_obs, terminated = batch(terminated=1.0)
+    loss, _ = agent.critic_loss(obs, act, rew, next_obs, terminated)
+    torch.testing.assert_close(loss, (agent.qf(obs, act) - rew).square().mean(1).sum())
+
+
+def test_perturbation_is_small_and_stays_in_the_box(agent):
+    obs, act, *_ = batch(500)
+    moved = agent.perturb(100 * obs, act)
+    assert (moved - act).abs().max() <= 0.05 + 1e-6 and moved.abs().max() <= 1 and (moved != act).any()
+    assert romi_bcq.BCQ(4, 2, replace(ARGS, phi=0.0), CPU).perturb(obs, act).equal(act)
+
+
+def test_perturbation_follows_q1_of_one_generated_action_per_state(agent):
+    obs = torch.randn(5, 4)
+    torch.manual_seed(1)
+    loss = agent.perturb_loss(obs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss, -agent.qf.q1(torch.cat([obs, agent.perturb(obs, agent.vae.sample(obs))], 1)).mean())
+    loss.backward()
+    untouched = [*agent.vae.parameters(), *agent.qf.q2.parameters()]
+    assert all(p.grad is None or not p.grad.any() for p in untouched) and agent.perturb.net[0].weight.grad.any()
+
+
+def test_every_optimizer_moves_its_own_parameters(agent):
+    names = ("vae", "perturb", "qf")
+    for frozen in names:
+        agent = romi_bcq.BCQ(4, 2, ARGS, CPU)
+        for group in getattr(agent, f"{frozen}_opt").param_groups:
+            group["lr"] = 0.0
+        before = {k: [p.detach().clone() for p in getattr(agent, k).parameters()] for k in names}
+        agent.update(*batch())
+        moved = {k for k in names if any(not a.equal(b) for a, b in zip(before[k], getattr(agent, k).parameters(), strict=True))}
+        assert moved == set(names) - {frozen}
+
+
+def test_generator_learns_from_the_whole_batch(agent):
+    """In ROMI-BCQ it imitates imagined actions too: both halves of a batch change its gradient."""
+    obs, act, *_ = batch(10)
+    grads = []
+    for change in (slice(0, 0), slice(0, 5), slice(5, 10)):
+        other = act.clone()
+        other[change] *= -1
+        torch.manual_seed(1)
+        agent.vae.zero_grad()
+        agent.vae_loss(obs, other).backward()
+        grads.append(agent.vae.decoder[-1].weight.grad.clone())
+    assert not grads[0].equal(grads[1]) and not grads[0].equal(grads[2])
+
+
+def test_targets_follow_slowly(agent):
+    before = [p.clone() for p in [*agent.target_qf.parameters(), *agent.target_perturb.parameters()]]
+    agent.update(*batch())
+    online = [*agent.qf.parameters(), *agent.perturb.parameters()]
+    for old, new, target in zip(before, online, [*agent.target_qf.parameters(), *agent.target_perturb.parameters()], strict=True):
+        torch.testing.assert_close(target, old + 0.005 * (new.detach() - old))
+
+
+def test_acting_takes_the_best_of_many_actions_for_each_state(agent):
+    obs = torch.randn(3, 4)
+    torch.manual_seed(1)
+    act = agent.act(obs)
+    torch.manual_seed(1)
+    rep = obs.repeat_interleave(8, 0)
+    candidates = agent.perturb(rep, agent.vae.sample(rep)).view(3, 8, 2)
+    for i in range(3):
+        q = agent.qf.q1(torch.cat([obs[i].expand(8, -1), candidates[i]], 1))[:, 0]
+        torch.testing.assert_close(act[i], candidates[i, q.argmax()])
+
+
+def test_bfloat16_target_is_close(agent):
+    half = romi_bcq.BCQ(4, 2, replace(ARGS, bf16=True), CPU)
+    half.load_state_dict(agent.state_dict())
+    rows, out = batch(64), []
+    for a in (agent, half):
+        torch.manual_seed(1)
+        out.append(a.critic_loss(*rows)[0])
+    torch.testing.assert_close(*out, rtol=0.03, atol=0.03)
+
+
+# --- direction of time ---
+
+
+@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+def test_chains_touch_the_data_at_their_end_or_at_their_begin(m, monkeypatch):
+    """ROMI's chains lead to states of the data, FOMI's away from them; the stored rows of both run forward in time."""
+    obs, act = torch.randn(2000, 2), 2 * torch.rand(2000, 2) - 1
+    row, real = torch.arange(2000), torch.ones(2000, dtype=torch.bool)
+    data = Dataset(obs, act, obs[:, 0].clone(), obs + 0.1 * act, torch.zeros(2000), real, row)
+
+    class Run:
+        state: dict = {}
+
+        def log(self, update, metrics):
+            pass
+
+        def save(self, phase, step, **parts):
+            self.state = self.state | parts | {"phase": phase}
+
+    args = replace(m.Args(), **{k: getattr(ARGS, k) for k in ("dynamics_hidden", "horizon", "rollout_policy", "rollout_batch_size")})
+    args = replace(args, priority_rollout=False, dynamics_max_epochs=40, model_buffer_size=600)
+    rows = m.imagined_data(parse_task("maze2d-umaze"), data, args, CPU, Run())
+    s, a, _, s2, terminated = (x.view(2, 3, 100, -1) for x in m.unpack(rows, 2, 2))  # (calls, steps, chains, ...)
+    assert (s + 0.1 * a - s2).abs().mean() < 0.03 and terminated.sum() == 0
+    in_data = {tuple(x) for x in obs.tolist()}
+    reverse = m is romi_bcq
+    touching, loose = (s2, s) if reverse else (s, s2)
+    assert all(tuple(x) in in_data for x in touching[:, 0].flatten(0, 1).tolist())
+    assert not any(tuple(x) in in_data for x in loose.flatten(0, 2).tolist())
+    for i in (1, 2):
+        assert (s2[:, i].equal(s[:, i - 1])) if reverse else s[:, i].equal(s2[:, i - 1])
+
+
+@pytest.mark.parametrize("m, ended", [(romi_bcq, "given"), (fomi_bcq, "imagined")])
+def test_termination_is_about_the_later_state(m, ended):
+    args = replace(m.Args(), horizon=1, model_buffer_size=50, rollout_batch_size=50)
+    dynamics, seen = m.Dynamics(2, 2, args), []
+
+    def terminates(obs, act, next_obs):
+        seen.append(next_obs)
+        return torch.zeros(len(obs), dtype=torch.bool)
+
+    starts = torch.full((5, 2), 7.0)
+    m.imagine(starts, dynamics, m.UniformPolicy(2, 2, args), terminates, m.Sampler(5, None, CPU), (0.0, 1.0), args)
+    assert (seen[0] == 7).all().item() == (ended == "given")

@@ -1,0 +1,234 @@
+"""Runs through the command line, of every script: what a run leaves behind, and what becomes of one that is killed."""
+
+import importlib
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import tyro
+
+from utils import load_dataset, parse_task
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--env", "hopper-medium-replay", "--total-updates", "60", "--batch-size", "20",
+    "--dynamics-hidden", "16", "--dynamics-max-epochs", "4", "--model-buffer-size", "20000", "--rollout-batch-size", "1000",
+    "--rollout-policy", "cvae", "--vae-hidden", "16", "--rollout-policy-updates", "60",
+    "--eval-every", "30", "--eval-episodes", "2", "--log-every", "10", "--checkpoint-every", "20", "--num-threads", "1",
+]  # fmt: skip
+BCQ = ("bcq", "BCQ", ["--hidden", "16", "16", "--bcq-samples", "2", "--eval-samples", "4"], lambda step: ())
+# script -> name without the model, class of the learner, flags that make it small, what update takes beside the batch
+SCRIPTS = {
+    "romi_cql": ("cql", "CQL", ["--hidden", "16", "--cql-samples", "2", "--bc-warmup", "20"], lambda step: (step < 20, False)),
+    "romi_bcq": BCQ,
+    "fomi_bcq": BCQ,
+}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+def folder_of(run_dir, name):
+    return run_dir / f"hopper-medium-replay-v2__{name}__0__small"
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    """A hopper-like file: 40 episodes of 50 steps, some terminal, some cut by the clock."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "small.hdf5"
+    obs = rng.normal(size=(2000, 11)).cumsum(0) * 0.01
+    obs[:, 0] = 1.2
+    ends = np.arange(2000) % 50 == 49
+    terminals = ends & (np.arange(2000) % 100 == 99)
+    with h5py.File(path, "w") as f:
+        f["observations"], f["actions"] = obs.astype("f4"), rng.uniform(-1, 1, (2000, 3)).astype("f4")
+        f["rewards"], f["terminals"], f["timeouts"] = rng.normal(size=2000).astype("f4"), terminals, ends & ~terminals
+    return path
+
+
+def arguments(script, data_file, run_dir, *flags):
+    return [*SMALL, *SCRIPTS[script][2], "--dataset", str(data_file), "--run-dir", str(run_dir), *flags]
+
+
+def run(script, data_file, run_dir, *flags):
+    command = [sys.executable, str(ROOT / "algorithms" / f"{script}.py"), *arguments(script, data_file, run_dir, *flags)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def patched(patch, script, *rest):
+    """The same command with some of the script's functions replaced before it starts."""
+    head = f"import os, signal, sys, tyro; sys.path.insert(0, {str(ROOT / 'algorithms')!r}); import {script} as m\n"
+    tail = "try: m.main(tyro.cli(m.Args))\nexcept m.UserError as e: sys.exit(e.report())"
+    return subprocess.run([sys.executable, "-c", head + patch + tail, *arguments(script, *rest)], capture_output=True, text=True)
+
+
+def leaves(x, path=""):
+    if isinstance(x, dict):
+        return {k: v for key in x for k, v in leaves(x[key], f"{path}/{key}").items()}
+    if isinstance(x, (list, tuple)):
+        return {k: v for i, y in enumerate(x) for k, v in leaves(y, f"{path}/{i}").items()}
+    return {path: x}
+
+
+def weights(folder):
+    return {k: v for k, v in leaves(torch.load(folder / "checkpoint.pt", weights_only=True)).items() if isinstance(v, torch.Tensor)}
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "charts/SPS"} for row in rows]
+
+
+def assert_same_run(a, b):
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys() and len(x) > 50
+    assert not [k for k in x if not torch.equal(x[k], y[k])]
+    assert metrics(a) == metrics(b)
+
+
+@pytest.fixture(scope="module")
+def whole(script, data_file, tmp_path_factory):
+    """The run that nothing interrupts."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    done = run(script, data_file, run_dir)
+    assert done.returncode == 0, done.stderr
+    return folder_of(run_dir, script)
+
+
+def test_smoke_run_leaves_what_the_contract_names(script, whole):
+    config, result = (json.loads((whole / f"{n}.json").read_text()) for n in ("config", "result"))
+    assert config["args"]["horizon"] == 5 and config["args"]["rollout_policy"] == "cvae"  # resolved values
+    assert result["updates"] == 60 and result["task"] == "hopper-medium-replay-v2" and result["algorithm"] == script
+    assert math.isfinite(result["normalized_score"]) and result["dataset"]["transitions"] == config["dataset"]["transitions"]
+    assert result["normalized_score"] == pytest.approx(100 * (result["return_mean"] + 20.272305) / 3254.572305)
+    rows = metrics(whole)
+    assert [r["update"] for r in rows if "eval/return" in r] == [30, 60]
+    assert [r["update"] for r in rows if any(k.startswith("losses/") for k in r) and r["update"]] == [10, 20, 30, 40, 50, 60]
+    assert sum("model/epoch" in r for r in rows) == 4 and sum("model/imagined_reward_min" in r for r in rows) == 1
+    assert not list(whole.glob("*.part"))
+
+
+def test_finished_run_is_left_alone_and_more_updates_carry_it_on(script, whole, data_file, tmp_path):
+    run_dir = tmp_path / "runs"
+    short = run(script, data_file, run_dir, "--total-updates", "40")
+    assert short.returncode == 0, short.stderr
+    folder = run_dir / whole.name
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    again = run(script, data_file, run_dir, "--total-updates", "40")
+    assert again.returncode == 0 and "finished" in again.stdout
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    other = run(script, data_file, run_dir, "--total-updates", "40", "--gamma", "0.9")
+    assert other.returncode == 2 and other.stderr.startswith("error:") and "--gamma" in other.stderr
+    fewer = run(script, data_file, run_dir, "--total-updates", "20")
+    assert fewer.returncode == 2 and "--total-updates" in fewer.stderr
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert run(script, data_file, run_dir).returncode == 0  # 60 updates
+    x, y = weights(whole), weights(folder)
+    assert not [k for k in x if not torch.equal(x[k], y[k])]
+
+
+@pytest.mark.parametrize("phase", ["dynamics", "rollout_policy", "imagination", "policy"])
+def test_resume_after_a_kill_equals_a_run_left_alone(script, whole, data_file, tmp_path, phase):
+    """The process kills itself in the given phase: after a checkpoint, with work done since that is lost."""
+    where = {
+        "dynamics": "x.get('model/epoch') == 3",
+        "rollout_policy": "x.get('model/rollout_policy_update') == 50",
+        "imagination": "False",
+        "policy": "u == 50",
+    }[phase]
+    killed = patched(
+        "def die(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"def log(self, u, x, plain=m.Run.log):\n    plain(self, u, x)\n    {where} and die()\n"
+        "m.Run.log = log\n" + ("m.imagine = die\n" if phase == "imagination" else ""),
+        script,
+        data_file,
+        tmp_path,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = tmp_path / whole.name
+    assert not (folder / "result.json").exists()
+    done = run(script, data_file, tmp_path)
+    assert done.returncode == 0 and "at step" in done.stderr, done.stderr
+    assert_same_run(whole, folder)
+
+
+def test_same_seed_same_metrics_other_seed_other_metrics(script, whole, data_file, tmp_path):
+    assert run(script, data_file, tmp_path).returncode == 0
+    assert_same_run(whole, tmp_path / whole.name)
+    assert run(script, data_file, tmp_path, "--seed", "1").returncode == 0
+    assert metrics(tmp_path / whole.name.replace("__0__", "__1__")) != metrics(whole)
+
+
+def test_without_the_model_it_is_the_base_learner(script, data_file, tmp_path):
+    name, learner, _, extra = SCRIPTS[script]
+    flags = ("--model-ratio", "0", "--eval-episodes", "0")
+    assert run(script, data_file, tmp_path, *flags).returncode == 0
+    folder = folder_of(tmp_path, name)
+    assert not any(k.startswith("model/") or k.startswith("eval/") for row in metrics(folder) for k in row)
+    assert json.loads((folder / "result.json").read_text())["normalized_score"] is None
+    # the same updates as the learner alone, fed from the real rows: no other path, no other random numbers
+    m, task = importlib.import_module(script), parse_task("hopper-medium-replay")
+    args = m.resolve(tyro.cli(m.Args, args=arguments(script, data_file, tmp_path, *flags)), task)
+    data = load_dataset(task, str(data_file))
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    agent = getattr(m, learner)(11, 3, args, torch.device("cpu"))
+    rows = m.pack(data.obs, data.act, data.rew, data.next_obs, data.terminated)
+    sampler = m.Sampler(len(data), m.priority_weights(data.trajectory_returns()), torch.device("cpu"))
+    for step in range(60):
+        agent.update(*m.unpack(rows[sampler(20)], 11, 3), *extra(step))
+    saved = leaves(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
+    mine = leaves(agent.state_dict())
+    assert all(torch.equal(v, saved[k]) for k, v in mine.items() if isinstance(v, torch.Tensor))
+
+
+def test_batches_are_split_exactly(script, data_file, tmp_path, monkeypatch):
+    m, sizes = importlib.import_module(script), []
+    learner = getattr(m, SCRIPTS[script][1])
+    plain = learner.update
+
+    def update(self, obs, *rest):
+        sizes.append(((obs[:, 0] == 7).sum().item(), len(obs)))
+        return plain(self, obs, *rest)
+
+    monkeypatch.setattr(learner, "update", update)
+    monkeypatch.setattr(m, "imagined_data", lambda *a: torch.cat([torch.full((100, 1), 7.0), torch.zeros(100, 26)], 1))
+    m.main(tyro.cli(m.Args, args=arguments(script, data_file, tmp_path, "--model-ratio", "0.7", "--eval-episodes", "0")))
+    assert set(sizes) == {(14, 20)}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_status_3(script, data_file, tmp_path):
+    name, learner, *_ = SCRIPTS[script]
+    flags = ("--model-ratio", "0", "--eval-episodes", "0")
+    assert run(script, data_file, tmp_path, *flags, "--total-updates", "40").returncode == 0
+    folder = folder_of(tmp_path, name)
+    good = (folder / "checkpoint.pt").read_bytes()
+    nan = f"plain = m.{learner}.critic_loss\ndef nan(*a):\n    loss, *rest = plain(*a)\n    return loss * float('nan'), *rest\n"
+    done = patched(f"{nan}m.{learner}.critic_loss = nan\n", script, data_file, tmp_path, *flags)
+    assert done.returncode == 3 and "not finite at update" in done.stderr and "Traceback" not in done.stderr
+    assert any(line.startswith("error:") for line in done.stderr.splitlines())
+    assert (folder / "checkpoint.pt").read_bytes() == good
+
+
+def test_wandb_gets_the_metrics_offline_and_never_stops_a_run(data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = ("--track", "--model-ratio", "0", "--eval-episodes", "0")
+    done = run("romi_cql", data_file, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    folder = folder_of(tmp_path, "cql")
+    files = list(folder.rglob("*.wandb"))
+    assert len(files) == 1 and json.loads((folder / "config.json").read_text())["wandb_id"] in files[0].name
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "wandb.py").write_text("raise RuntimeError('no such client')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    done = run("romi_cql", data_file, tmp_path / "two", *flags)
+    assert done.returncode == 0 and "no such client" in done.stderr
