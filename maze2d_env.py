@@ -120,19 +120,59 @@ class Maze2d(gymnasium.Env):
 
     def render(self):
         """Top view, 40 pixels a cell, rows downwards: (height, width, 3) uint8"""
-        from PIL import Image, ImageDraw
-
-        lines, scale = MAZES[self.maze], 40
-        image = Image.new("RGB", (scale * len(lines[0]), scale * len(lines)), "white")
-        draw = ImageDraw.Draw(image)
-        for i, line in enumerate(lines):
-            for j, cell in enumerate(line):
-                if cell == "#":
-                    draw.rectangle([scale * j, scale * i, scale * (j + 1) - 1, scale * (i + 1) - 1], "gray")
-        for (x, y), radius, colour in ((self.goal, 0.5, "palegreen"), (self.goal, 0.05, "green"), (self.data.qpos, 0.1, "red")):
-            center = scale * (np.array([y, x]) + 0.7)  # the observation (i - 0.2, j - 0.2) is the middle of a cell
-            draw.ellipse([*(center - scale * radius), *(center + scale * radius)], colour)
+        image, draw, place = top_view(self.maze, 40)
+        (y, x), r = place(self.data.qpos), 4
+        draw.ellipse([y - r, x - r, y + r, x + r], "red")
         return np.asarray(image)
+
+
+def top_view(maze, scale):
+    """Picture of a maze with its goal, a pen for it, and the map from observed positions (x, y) to pixels."""
+    from PIL import Image, ImageDraw
+
+    lines = MAZES[maze]
+    image = Image.new("RGB", (scale * len(lines[0]), scale * len(lines)), "white")
+    draw = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        for j, cell in enumerate(line):
+            if cell == "#":
+                draw.rectangle([scale * j, scale * i, scale * (j + 1) - 1, scale * (i + 1) - 1], "gray")
+
+    def place(position):
+        return scale * (position[1] + 0.7), scale * (position[0] + 0.7)  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
+
+    y, x = place(goal_cell(maze))
+    draw.ellipse([y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], "palegreen")
+    draw.ellipse([y - 3, x - 3, y + 3, x + 3], "green")
+    return image, draw, place
+
+
+def draw_trajectories(maze, trajectories, path):
+    """Top view with a line per trajectory, arrays (T, 4) in forward time, from blue at the begin to red at the end."""
+    image, draw, place = top_view(maze, 80)
+    for states in trajectories:
+        for t in range(len(states) - 1):
+            share = t / max(len(states) - 2, 1)
+            draw.line([place(states[t]), place(states[t + 1])], (round(255 * share), 0, round(255 * (1 - share))), width=1)
+    image.save(path, "PNG")
+
+
+def replay_error(maze, obs, act, next_obs):
+    """Replay imagined chains in the true simulator: obs, next_obs (C, h, 4), act (C, h, 2) in forward time.
+
+    Returns the mean distances between where a chain says it leads and where its actions lead from its first state, in the
+    observation's four dimensions: after one step (mean over all steps, each from its own imagined state), and after all h.
+    """
+    env, one, all_steps = Maze2d(maze), [], []
+    for o, a, n in zip(obs, act, next_obs, strict=True):
+        for t in range(len(a)):
+            env.set_state(o[t, :2], o[t, 2:])
+            one.append(np.linalg.norm(env.step(a[t])[0] - n[t]))
+        env.set_state(o[0, :2], o[0, 2:])
+        for t in range(len(a)):
+            end = env.step(a[t])[0]
+        all_steps.append(np.linalg.norm(end - n[-1]))
+    return float(np.mean(one)), float(np.mean(all_steps))
 
 
 for _maze in MAZES:

@@ -536,15 +536,16 @@ def _minari_env(task):
 
 
 @torch.no_grad()
-def evaluate(envs, act, seed):
+def evaluate(envs, act, seed, trajectories=None):
     """One episode in every environment of `envs`, all stepped together; act: obs (B, O) tensor -> actions (B, A).
 
     Episode i is seeded with seed + i. Returns the undiscounted returns and the lengths, NumPy arrays (len(envs),).
+    A list given as `trajectories` gets the observations of every episode, (T+1, O) each.
     Random numbers that `act` draws from torch are seeded too, and the caller's generators are put back.
     """
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
-    alive = np.arange(len(envs))
+    alive, seen = np.arange(len(envs)), [[o.copy()] for o in obs]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while len(alive):
@@ -554,6 +555,10 @@ def evaluate(envs, act, seed):
                 obs[i], rew, terminated, truncated, _ = envs[i].step(actions[k])
                 returns[i] += rew
                 lengths[i] += 1
+                if trajectories is not None:
+                    seen[i].append(obs[i].copy())
                 ended[k] = terminated or truncated
             alive = alive[~ended]
+    if trajectories is not None:
+        trajectories.extend(np.array(s) for s in seen)
     return returns, lengths

@@ -260,12 +260,20 @@ class Run:
 
     def evaluate(self, update, envs, act):
         """Deterministic episodes, seeded apart from training; the score, or the return where the task has no reference."""
-        returns, lengths = evaluate(envs, act, seed=self.args.seed + 100)
+        returns, lengths = evaluate(envs, act, seed=self.args.seed + 100, trajectories=(seen := []))
+        self.draw("execution", seen)
         e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
         e["normalized_score"] = normalized_score(self.task, e["return"])
         self.evals.append({"update": update} | e)
         self.log(update, {f"eval/{k}": v for k, v in e.items()})
         return e["return"] if e["normalized_score"] is None else e["normalized_score"]
+
+    def draw(self, name, trajectories):
+        """On a maze, the top view of some (T, 4) trajectories as <name>.png."""
+        if self.task.domain == "maze2d":
+            from maze2d_env import draw_trajectories
+
+            self.write(f"{name}.png", lambda f: draw_trajectories(self.task.kind.split("-")[0], trajectories[:100], f))
 
     def finish(self, updates, sps):
         last = self.evals[-1] if self.evals else dict.fromkeys(("return", "return_std", "normalized_score"))
@@ -754,6 +762,15 @@ def imagined_data(task, data, args, device, run):
     imagined, stats = imagine(data.obs.to(device), dynamics, rollout_policy, terminates, starts, reward_range, args)
     if not imagined.isfinite().all():
         raise UserError("imagined rows are not finite: the reverse model has diverged; try a smaller --dynamics-lr", status=3)
+    if task.domain == "maze2d":  # nothing ends here: row i of a call is step i of its chain, in the order of imagination
+        from maze2d_env import replay_error
+
+        h, B = args.horizon, min(args.rollout_batch_size, len(imagined) // args.horizon)
+        chains = imagined[: h * B].view(h, B, -1)[:, :500].transpose(0, 1).cpu()
+        obs, act, _, next_obs, _ = unpack(chains.flip(1), 4, 2)  # (C, h, ...), forward in time
+        run.draw("imagination", torch.cat([obs[:, :1], next_obs], 1).numpy())
+        one, all_steps = replay_error(task.kind.split("-")[0], *(x.double().numpy() for x in (obs, act, next_obs)))
+        stats |= {"model/replay_error_1": one, f"model/replay_error_{h}": all_steps}
     if "agent" not in run.state:
         run.log(0, stats | {"model/data_reward_min": reward_range[0], "model/data_reward_max": reward_range[1]})
     return imagined
