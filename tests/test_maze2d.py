@@ -185,3 +185,37 @@ def test_expert_data_and_reward_timing(tmp_path):
 def test_same_seed_same_data(generator):
     a, b, c = (generator.trajectory("umaze", 500, seed, 0.5) for seed in (1, 1, 2))
     assert all((x == y).all() for x, y in zip(a, b, strict=True)) and (a[0] != c[0]).any()
+
+
+# --- what scripts do with it ---
+
+
+def test_replayed_chains_of_the_simulator_itself_have_no_error():
+    env, rng = env_file.Maze2d("umaze"), np.random.default_rng(0)
+    obs, act, after = np.zeros((3, 4, 4)), rng.uniform(-1, 1, (3, 4, 2)), np.zeros((3, 4, 4))
+    for c in range(3):
+        state, _ = env.reset(seed=c)
+        for t in range(4):
+            obs[c, t] = state
+            state = after[c, t] = env.step(act[c, t])[0]
+    assert env_file.replay_error("umaze", obs, act, after) == pytest.approx((0, 0), abs=1e-12)
+    after[:, 3] += [0.3, 0.4, 0, 0]
+    assert env_file.replay_error("umaze", obs, act, after) == pytest.approx((0.5 / 4, 0.5))
+
+
+def test_maze_data_is_made_on_first_use_and_evaluated_in_the_maze(monkeypatch, tmp_path, capfd):
+    import utils
+
+    plain = subprocess.run
+    monkeypatch.setattr(utils.subprocess, "run", lambda command: plain([*command, "--steps", "5000"]))
+    task = utils.parse_task("maze2d-umaze-dense")
+    data = utils.load_dataset(task, "auto")
+    assert data.source == "generated" and "making maze2d_umaze_dense.hdf5" in capfd.readouterr().err
+    monkeypatch.setattr(utils.subprocess, "run", None)  # not made a second time
+    assert len(utils.load_dataset(task, "generated")) == len(data) and not data.terminated.any()
+    env, seen = utils.make_env(task), []
+    returns, lengths = utils.evaluate([env], lambda obs: np.zeros((len(obs), 2)), seed=0, trajectories=seen)
+    assert lengths == [300] and seen[0].shape == (301, 4)
+    assert returns[0] == pytest.approx(env.unwrapped.reward(seen[0][1:, :2]).sum())
+    env_file.draw_trajectories("umaze", seen, tmp_path / "x.png.part")
+    assert (tmp_path / "x.png.part").stat().st_size > 500

@@ -410,7 +410,7 @@ def test_rows_without_a_successor_teach_the_models_nothing(monkeypatch, tmp_path
     monkeypatch.setattr(m, "train_dynamics", train)
     monkeypatch.setattr(m, "train_rollout_policy", lambda p, cond, act, args, run: seen.update(policy=cond))
     args = replace(ARGS, rollout_policy="cvae", priority_rollout=False)
-    m.imagined_data(parse_task("maze2d-umaze"), data, args, CPU, Stored())
+    m.imagined_data(parse_task("halfcheetah-medium"), data, args, CPU, Stored())
     for x in seen.values():
         assert len(x) == 90 and x.max() < 1e6
 

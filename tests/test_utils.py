@@ -752,3 +752,17 @@ def test_evaluate_leaves_the_random_numbers_alone():
     torch.manual_seed(3)
     evaluate([Countdown()], lambda obs: torch.randn(len(obs), 1), seed=4)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_antmaze_terminal_rows_have_a_successor(tmp_path):
+    """The ant ran on behind the goal while the data was recorded: without that successor no model would see a reward."""
+    n, rng = 20, np.random.default_rng(0)
+    obs = rng.normal(size=(n, 29)).astype("f4")
+    terminals, timeouts = np.isin(np.arange(n), (5, 6, 19)), np.isin(np.arange(n), (9, 19))
+    with h5py.File(tmp_path / "a.hdf5", "w") as f:
+        f["observations"], f["actions"], f["rewards"] = obs, rng.uniform(-1, 1, (n, 8)).astype("f4"), terminals.astype("f4")
+        f["terminals"], f["timeouts"] = terminals, timeouts
+    data = utils.load_dataset(utils.parse_task("antmaze-umaze"), str(tmp_path / "a.hdf5"))
+    assert len(data) == 19  # the time limit goes, the terminal last row stays for Q learning
+    assert data.terminated.nonzero().flatten().tolist() == [5, 6, 18] and (~data.has_next).nonzero().flatten().tolist() == [18]
+    np.testing.assert_array_equal(data.next_obs[5:7], obs[6:8])
