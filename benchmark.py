@@ -2,11 +2,12 @@
 
     python benchmark.py speed                      # every case on this machine, about two minutes
     python benchmark.py speed --device cuda --compile
-    python benchmark.py collect runs/*             # results of finished runs -> results/, what the tables rest on
+    python benchmark.py collect                    # results of finished runs -> results/, what the tables rest on
     python benchmark.py plot                       # learning curves of results/ -> figures/
 
 `speed` times each case in rounds: in every round the machine's own matrix product is timed beside it, so that noise of a
 shared machine hits both alike, and the share (rate of the case over rate of the product) can be compared between machines.
+Known and target milliseconds are those of cases() below, on two idle cores at 180 GFLOP/s.
 """
 
 import importlib
@@ -42,7 +43,7 @@ def cases(args):
     """name -> (function to time, how many units one call makes, unit, known time of another code in ms, our target in ms).
 
     Known times: two idle cores of an AMD EPYC at 180 GFLOP/s in float32; CORL's CQL and OfflineRL-Kit's dynamics step at
-    hopper's sizes. Random data of hopper's shape; speed does not depend on the values.
+    hopper's sizes, the ROMI authors' BCQ at maze2d's. Random data of these shapes; speed does not depend on the values.
     """
     device, O, A = torch.device(args.device), 11, 3
     romi_cql = importlib.import_module("romi_cql")
@@ -50,13 +51,17 @@ def cases(args):
     romi_cql.progress = lambda *a, **k: tqdm(disable=True)
     base = romi_cql.Args(compile=args.compile)
 
-    def batch(B):
+    def batch(B, O, A):
         return [x.to(device) for x in (torch.randn(B, O), 2 * torch.rand(B, A) - 1, torch.randn(B), torch.randn(B, O), torch.zeros(B))]
 
-    rows = batch(256)
+    rows = batch(256, O, A)
     for bf16 in (False, True):
         agent = romi_cql.CQL(O, A, replace(base, bf16=bf16), device)
         yield f"cql update{', bf16' * bf16}", lambda agent=agent: agent.update(*rows, False, False), 1, "update", 115, 46
+    romi_bcq, maze_rows = importlib.import_module("romi_bcq"), batch(100, 4, 2)
+    for bf16 in (False, True):
+        agent = romi_bcq.BCQ(4, 2, romi_bcq.Args(compile=args.compile, bf16=bf16), device)
+        yield f"bcq update{', bf16' * bf16}", lambda agent=agent: agent.update(*maze_rows), 1, "update", 31, 17
     dynamics = romi_cql.Dynamics(O, A, base).to(device)
     opt, x, y = dynamics.optimizer(), torch.randn(7, 256, O + A, device=device), torch.randn(7, 256, O + 1, device=device)
     loss = torch.compile(dynamics.loss) if args.compile else dynamics.loss
@@ -137,9 +142,9 @@ def speed(args: Speed):
         args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 
-def collect(folders: tyro.conf.Positional[list[Path]], out: Path = ROOT / "results"):
-    """Copy result.json and the evaluation lines of finished runs to results/, where the tables find them."""
-    for folder in folders:
+def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = ROOT / "results"):
+    """Copy result.json and the evaluation lines of finished runs (default: all of runs/) to results/, where the tables find them."""
+    for folder in folders or sorted((ROOT / "runs").glob("*/")):
         if (folder / "result.json").exists():
             target = out / folder.name
             target.mkdir(parents=True, exist_ok=True)
@@ -147,6 +152,8 @@ def collect(folders: tyro.conf.Positional[list[Path]], out: Path = ROOT / "resul
             lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
             (target / "evals.jsonl").write_text("".join(line for line in lines if '"eval/' in line))
             print(f"{folder.name}: {json.loads((target / 'result.json').read_text())['normalized_score']}")
+        else:
+            print(f"{folder.name}: not finished, left out")
 
 
 def plot(results: Path = ROOT / "results", out: Path = ROOT / "figures"):
@@ -160,6 +167,8 @@ def plot(results: Path = ROOT / "results", out: Path = ROOT / "figures"):
     for file in sorted(results.glob("*/result.json")):
         result = json.loads(file.read_text())
         groups.setdefault((result["task"], result["dataset"]["source"]), []).append((result, file.parent))
+    if not groups:
+        sys.exit(f"error: no results in {results}; run `python benchmark.py collect` first")
     out.mkdir(exist_ok=True)
     for (task, source), runs in groups.items():
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")

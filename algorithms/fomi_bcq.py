@@ -195,12 +195,13 @@ class Run:
             self.evals, self.elapsed = self.state["evals"], self.state["elapsed"]
             if self.state["phase"] == "policy" and self.state["step"] > args.total_updates:
                 raise UserError(f"--total-updates {args.total_updates}: {self.folder} has {self.state['step']} updates already")
-            print(f"{self.folder}: at step {self.state['step']} of {self.state['phase']}", file=sys.stderr)
         if result.exists():
             self.finished = json.loads(result.read_text())["updates"] == args.total_updates
             if self.finished:
                 return
             result.unlink()  # more updates are asked for
+        at = f"resumed at step {self.state['step']} of {self.state['phase']}" if self.state else "new run"
+        print(f"{self.folder}: {at}, {len(data)} transitions of {data.source} data, on {device}", file=sys.stderr)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write("config.json", lambda f: f.write_text(json.dumps(self.config, indent=1) + "\n"))
         self.metrics = open(self.folder / "metrics.jsonl", "a")
@@ -252,6 +253,8 @@ class Run:
         self.state |= {"metrics_bytes": self.metrics.tell(), "elapsed": self.elapsed + time.time() - self.began}
         self.state = {k: v for k, v in self.state.items() if v is not None}
         self.write("checkpoint.pt", lambda f: torch.save(self.state, f))
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # gives back what lies free between blocks in use, or long runs creep up
 
     def restore_rng(self):
         torch.set_rng_state(self.state["rng"][0])
@@ -285,7 +288,8 @@ class Run:
         result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
         self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
-        print(f"{self.folder}: normalized score {last['normalized_score']}, return {last['return']}")
+        score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
+        print(f"{self.folder}: {', '.join(score) or 'not evaluated'}")
 
 
 def pick_device(name):
@@ -297,7 +301,8 @@ def pick_device(name):
 
 def keep_freed_memory():
     """glibc returns freed blocks to the system and faults them in again at the next update, up to a third of its time on a
-    CPU; and while it adjusts its thresholds itself, long runs grow by gigabytes. Fixed thresholds cure both."""
+    CPU; and while it adjusts its thresholds itself, long runs grow by gigabytes. Fixed thresholds (and a trim at every
+    checkpoint) cure both."""
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(option, value)
@@ -623,10 +628,11 @@ class Sampler:
 def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range, args):
     """Forward rollouts from rows of `starts` (N, O) until the buffer is full: (M, 2 O + A + 2) and what to log
     (ROMI Alg. 1, l. 10-14)."""
+    num_starts = min(args.rollout_batch_size, math.ceil(args.model_buffer_size / args.horizon))  # whole chains in a small buffer, too
     buffer, filled, chains, cut = None, 0, 0, 0
     bar = progress(args.model_buffer_size, "imagination", "row")
     while filled < args.model_buffer_size:
-        cond = starts[sampler(args.rollout_batch_size)]  # states s_t of the data, l. 12
+        cond = starts[sampler(num_starts)]  # states s_t of the data, l. 12
         chains += len(cond)
         for i in range(args.horizon):
             act = rollout_policy.sample(cond)  # a_t ~ G(.|s_t), l. 13
@@ -765,9 +771,10 @@ def imagined_data(task, data, args, device, run):
     if task.domain == "maze2d":  # nothing ends here: row i of a call is step i of its chain, in the order of imagination
         from maze2d_env import replay_error
 
-        h, B = args.horizon, min(args.rollout_batch_size, len(imagined) // args.horizon)
-        chains = imagined[: h * B].view(h, B, -1)[:, :500].transpose(0, 1).cpu()
-        obs, act, _, next_obs, _ = unpack(chains, 4, 2)  # (C, h, ...), forward in time
+        h, B = args.horizon, min(args.rollout_batch_size, math.ceil(len(imagined) / args.horizon))
+        n = min(500, B, len(imagined) - (h - 1) * B)
+        chains = torch.stack([imagined[i * B : i * B + n] for i in range(h)], 1).cpu()  # (C, h, ...)
+        obs, act, _, next_obs, _ = unpack(chains, 4, 2)  # forward in time
         run.draw("imagination", torch.cat([obs[:, :1], next_obs], 1).numpy())
         one, all_steps = replay_error(task.kind.split("-")[0], *(x.double().numpy() for x in (obs, act, next_obs)))
         stats |= {"model/replay_error_1": one, f"model/replay_error_{h}": all_steps}
@@ -819,7 +826,8 @@ def main(args):
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
             run.log(step, metrics | {"charts/SPS": sps})
-            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")} | {"score": score})
+            shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
+            bar.set_postfix(shown | ({} if score is None else {"score": score}))
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
             score = round(run.evaluate(step, envs, agent.act), 1)
         if save:
@@ -836,4 +844,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes from the last checkpoint")
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -185,3 +185,14 @@ def test_termination_is_about_the_later_state(m, ended):
     starts = torch.full((5, 2), 7.0)
     m.imagine(starts, dynamics, m.UniformPolicy(2, 2, args), terminates, m.Sampler(5, None, CPU), (0.0, 1.0), args)
     assert (seen[0] == 7).all().item() == (ended == "given")
+
+
+def test_a_small_buffer_still_holds_whole_chains():
+    """Fewer rows than horizon x rollout batch: fewer chains, not shorter ones."""
+    args = replace(romi_bcq.Args(), horizon=5, model_buffer_size=50, rollout_batch_size=1000)
+    dynamics, starts = romi_bcq.Dynamics(2, 2, args), torch.randn(100, 2)
+    terminates = romi_bcq.termination_fn(parse_task("halfcheetah-medium"), None)
+    policy = romi_bcq.UniformPolicy(2, 2, args)
+    rows, _ = romi_bcq.imagine(starts, dynamics, policy, terminates, romi_bcq.Sampler(100, None, CPU), (0.0, 1.0), args)
+    obs, _, _, next_obs, _ = (x.view(5, 10, -1) for x in romi_bcq.unpack(rows, 2, 2))
+    assert all(next_obs[i].equal(obs[i - 1]) for i in range(1, 5))

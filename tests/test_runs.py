@@ -157,7 +157,7 @@ def test_resume_after_a_kill_equals_a_run_left_alone(script, whole, data_file, t
     folder = tmp_path / whole.name
     assert not (folder / "result.json").exists()
     done = run(script, data_file, tmp_path)
-    assert done.returncode == 0 and "at step" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resumed at step" in done.stderr, done.stderr
     assert_same_run(whole, folder)
 
 
