@@ -835,7 +835,8 @@ def main(args):
                 raise UserError(f"weights not finite at update {step}; {run.folder} keeps its last good checkpoint", status=3)
             run.save("policy", step, agent=agent.state_dict())
     bar.close()
-    run.finish(step, (step - begin[0]) / max(time.time() - begin[1], 1e-9))
+    trained = step - begin[0]  # in this process; nothing is left where a run was killed just before its end
+    run.finish(step, trained / (time.time() - begin[1]) if trained else step / (run.elapsed + 1e-9))
 
 
 if __name__ == "__main__":
