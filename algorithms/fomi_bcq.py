@@ -88,6 +88,7 @@ class Args:
     dynamics_batch_size: int = 256
     dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
     dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference
+    dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
     dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
     holdout_ratio: float = 0.2  # share of the rows held out
     holdout_max: int = 1_000  # upper limit of held-out rows
@@ -136,7 +137,7 @@ SETTINGS = {
     "": (1, 0.1, "cvae", True),  # ours: any other environment
 }
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
-BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device"}
+BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "kl_weight", "rbc_entropy", "dynamics_weight_decay", "gamma", "lmbda", "phi"}
 MAY_BE_ZERO |= {"dynamics_patience"}
@@ -263,8 +264,9 @@ class Run:
 
     def evaluate(self, update, envs, act):
         """Deterministic episodes, seeded apart from training; the score, or the return where the task has no reference."""
-        returns, lengths = evaluate(envs, act, seed=self.args.seed + 100, trajectories=(seen := []))
-        self.draw("execution", seen)
+        self.seen = []
+        returns, lengths = evaluate(envs, act, seed=self.args.seed + 100, trajectories=self.seen)
+        self.draw("execution", self.seen)
         e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
         e["normalized_score"] = normalized_score(self.task, e["return"])
         self.evals.append({"update": update} | e)
@@ -428,8 +430,9 @@ class UniformPolicy(nn.Module):
 
 
 class Dynamics(nn.Module):
-    """E Gaussians over reward and change of state, each a network of its own, one tensor operation per layer. A reverse model
-    is given s' and predicts s, p(s, r | s', a) (ROMI Eq. 1); a forward model is given s: `cond` and `pred` stand for the two.
+    """E Gaussians over reward and change of state, each a network of its own, one tensor operation per layer; sizes, bounds and
+    weight decays from tianheyu927/mopo, mopo/models. A forward model is given s and predicts s', p(s', r | s, a); a reverse
+    model is given s' and predicts s, p(s, r | s', a): `cond` and `pred` stand for the two.
     """
 
     def __init__(self, obs_dim, act_dim, args):
@@ -460,7 +463,7 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Gaussian negative log-likelihood (doubled, without its constant), summed over members (ROMI Eq. 2)."""
+        """Gaussian negative log-likelihood (doubled, without its constant), summed over members; and a pull on the bounds."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
         return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
@@ -485,7 +488,7 @@ class Dynamics(nn.Module):
 
 
 def train_dynamics(dynamics, cond, act, rew, pred, args, run):
-    """Maximum likelihood until the holdout error of every member has stopped falling (ROMI Alg. 1, l. 2-5)."""
+    """Maximum likelihood until the holdout error of every member has stopped falling."""
     device, E = cond.device, args.ensemble_size
     # Split and bootstraps come from a generator of their own: a resumed run draws the same ones again.
     split = torch.Generator().manual_seed(args.seed)
@@ -567,6 +570,26 @@ def train_rollout_policy(policy, cond, act, args, run):
         if step % args.checkpoint_every == 0:
             run.save("rollout_policy", step, rollout_policy=policy.state_dict(), rollout_policy_opt=opt.state_dict())
     bar.close()
+
+
+def model_key(direction, args, data):
+    """Everything that decides a trained model."""
+    settings = {k: v for k, v in asdict(args).items() if k.startswith(("dynamics_", "ensemble_", "num_elites", "holdout_", "seed"))}
+    settings.pop("dynamics_from")
+    return json.loads(json.dumps(settings | {"direction": direction, "data": data.sha256}))
+
+
+def model_of_another_run(args, key):
+    """State of the model in the folder --dynamics-from: training it here again would give the same bits and take hours."""
+    path = Path(args.dynamics_from) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if "model_key" not in state:
+        raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
+    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k)):
+        raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
+    return state["dynamics"]
 
 
 # --- rollout ---
@@ -736,7 +759,7 @@ class BCQ:
 # --- main ---
 
 
-def imagined_data(task, data, args, device, run):
+def imagined_data(task, data, args, device, run, key, given):
     """Forward model, rollout policy, imagination (ROMI Alg. 1, l. 2-14), each phase taken up where the checkpoint left it.
 
     Every phase begins with a seed of its own, so a resumed run (same device, same number of threads) imagines the same rows
@@ -745,14 +768,14 @@ def imagined_data(task, data, args, device, run):
     known = data.has_next  # a row without a true successor teaches a model nothing but resets
     obs, act, rew, next_obs = (x[known].to(device) for x in (data.obs, data.act, data.rew, data.next_obs))
     cond, pred = obs, next_obs  # forwards
-    torch.manual_seed(4 * args.seed)
+    torch.manual_seed(4 * args.seed)  # forward model, l. 2-5: maximum likelihood, Eq. 2, turned
     dynamics = Dynamics(obs.shape[1], act.shape[1], args).to(device)
     if run.state.get("phase", "dynamics") == "dynamics":
-        train_dynamics(dynamics, cond, act, rew, pred, args, run)
-        run.save("rollout_policy", 0, dynamics=dynamics.state_dict(), dynamics_training=None)
+        dynamics.load_state_dict(given) if given else train_dynamics(dynamics, cond, act, rew, pred, args, run)
+        run.save("rollout_policy", 0, dynamics=dynamics.state_dict(), dynamics_training=None, model_key=key)
     dynamics.load_state_dict(run.state["dynamics"])
 
-    torch.manual_seed(4 * args.seed + 1)
+    torch.manual_seed(4 * args.seed + 1)  # rollout policy, l. 7-9: Eq. 3 (CVAE) or 4 (RBC), turned
     policy_class = {"cvae": ConditionalVAE, "rbc": BehaviourCloning, "uniform": UniformPolicy}[args.rollout_policy]
     rollout_policy = policy_class(obs.shape[1], act.shape[1], args).to(device)
     if run.state["phase"] == "rollout_policy":
@@ -761,7 +784,7 @@ def imagined_data(task, data, args, device, run):
         run.save("policy", 0, rollout_policy=rollout_policy.state_dict(), rollout_policy_opt=None)
     rollout_policy.load_state_dict(run.state["rollout_policy"])
 
-    torch.manual_seed(4 * args.seed + 2)
+    torch.manual_seed(4 * args.seed + 2)  # imagination, l. 10-14
     starts = Sampler(len(data), priority_weights(data.trajectory_returns()) if args.priority_rollout else None, device)
     reward_range = data.rew.min().item(), data.rew.max().item()
     terminates = termination_fn(task, data)
@@ -790,6 +813,8 @@ def main(args):
     data = load_dataset(task, args.dataset)
     if args.model_ratio > 0 and data.has_next.sum() < 10:
         raise UserError(f"--dataset {args.dataset}: too few transitions with a known successor to train a model")
+    key = model_key("forward", args, data)
+    given = model_of_another_run(args, key) if args.dynamics_from and args.model_ratio > 0 else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     run = Run(args, task, data, device)
     if run.finished:
@@ -803,7 +828,7 @@ def main(args):
 
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
     num_model = round(args.model_ratio * args.batch_size)
-    imagined = imagined_data(task, data, args, device, run) if num_model else None
+    imagined = imagined_data(task, data, args, device, run, key, given) if num_model else None
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
     agent, step = BCQ(obs_dim, act_dim, args, device), 0
     if "agent" in run.state:

@@ -161,7 +161,7 @@ def test_chains_touch_the_data_at_their_end_or_at_their_begin(m, monkeypatch):
 
     args = replace(m.Args(), **{k: getattr(ARGS, k) for k in ("dynamics_hidden", "horizon", "rollout_policy", "rollout_batch_size")})
     args = replace(args, priority_rollout=False, dynamics_max_epochs=40, model_buffer_size=600)
-    rows = m.imagined_data(parse_task("halfcheetah-medium"), data, args, CPU, Run())
+    rows = m.imagined_data(parse_task("halfcheetah-medium"), data, args, CPU, Run(), {}, None)
     s, a, _, s2, terminated = (x.view(2, 3, 100, -1) for x in m.unpack(rows, 2, 2))  # (calls, steps, chains, ...)
     assert (s + 0.1 * a - s2).abs().mean() < 0.03 and terminated.sum() == 0
     in_data = {tuple(x) for x in obs.tolist()}

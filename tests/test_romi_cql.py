@@ -16,7 +16,7 @@ from utils import Dataset, UserError, parse_task
 
 CPU = torch.device("cpu")
 ARGS = m.Args(
-    exp_name="test", dynamics_hidden=32, hidden=32, vae_hidden=32, rbc_hidden=32, cql_samples=3, batch_size=20, model_ratio=0.1,
+    exp_name="test", dynamics_hidden=32, hidden=(32, 32, 32), vae_hidden=32, rbc_hidden=32, cql_samples=3, batch_size=20, model_ratio=0.1,
     horizon=3, rollout_policy="uniform", model_buffer_size=1000, rollout_batch_size=100,
 )  # fmt: skip
 
@@ -410,7 +410,7 @@ def test_rows_without_a_successor_teach_the_models_nothing(monkeypatch, tmp_path
     monkeypatch.setattr(m, "train_dynamics", train)
     monkeypatch.setattr(m, "train_rollout_policy", lambda p, cond, act, args, run: seen.update(policy=cond))
     args = replace(ARGS, rollout_policy="cvae", priority_rollout=False)
-    m.imagined_data(parse_task("halfcheetah-medium"), data, args, CPU, Stored())
+    m.imagined_data(parse_task("halfcheetah-medium"), data, args, CPU, Stored(), {}, None)
     for x in seen.values():
         assert len(x) == 90 and x.max() < 1e6
 

@@ -161,6 +161,19 @@ def test_resume_after_a_kill_equals_a_run_left_alone(script, whole, data_file, t
     assert_same_run(whole, folder)
 
 
+def test_a_model_is_taken_from_another_run_only_if_it_is_the_same_model(script, whole, data_file, tmp_path):
+    flags = ("--dynamics-from", str(whole), "--exp-name", "borrowed")
+    done = run(script, data_file, tmp_path, *flags)
+    assert done.returncode == 0 and "epochs" not in done.stderr, done.stderr
+    x, y = weights(whole), weights(folder_of(tmp_path, "borrowed"))
+    assert not [k for k in y if not torch.equal(x[k], y[k])]  # nothing else changes
+    for wrong, name in (("--seed", "seed"), ("--dynamics-max-epochs", "dynamics_max_epochs")):
+        done = run(script, data_file, tmp_path / "other", *flags, wrong, "1")
+        assert done.returncode == 2 and done.stderr.startswith("error:") and f"another {name}" in done.stderr
+    done = run(script, data_file, tmp_path / "other", "--dynamics-from", str(tmp_path))
+    assert done.returncode == 2 and "no checkpoint.pt" in done.stderr and not (tmp_path / "other").exists()
+
+
 def test_same_seed_same_metrics_other_seed_other_metrics(script, whole, data_file, tmp_path):
     assert run(script, data_file, tmp_path).returncode == 0
     assert_same_run(whole, tmp_path / whole.name)
