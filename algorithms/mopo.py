@@ -1,0 +1,807 @@
+"""MOPO: model-based offline policy optimisation, SAC in a learnt model whose rewards are penalised by its uncertainty.
+
+Paper: Yu et al. 2020, arXiv:2005.13239. Reference code: tianheyu927/mopo; second settings: yihaosun1124/OfflineRL-Kit.
+Line numbers are those of the paper's Algorithm 2 (MOPO with an ensemble of Gaussian models).
+
+  model        p(s', r | s, a), ensemble of N Gaussians (mu_i, Sigma_i)          maximum likelihood on the data       Alg. 2, l. 1
+  rollouts     s from the data, h steps of a ~ pi(.|s), (s', r) ~ p_i(.|s, a)    i drawn anew for every row           Alg. 2, l. 4-8
+  penalty      r~(s, a) = r(s, a) - lambda u(s, a)                               the penalised MDP                    Alg. 1, l. 1
+               u(s, a) = max_i ||Sigma_i(s, a)||                                 the largest predicted spread         Alg. 2, l. 9
+  learner      SAC on 5 % data and 95 % rollouts                                 arXiv:1812.05905, Eq. 5-7, 17        Alg. 2, l. 11
+
+    python algorithms/mopo.py --env hopper-medium-replay
+    python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0     # no penalty: MBPO's training on fixed data
+    python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0      # no model: SAC on fixed data
+
+Two presets. v0: horizon, lambda and SAC of the reference code, which belongs to D4RL's v0 data. v2 (default): those of
+OfflineRL-Kit, which has scores on today's data: smaller steps of the policy with a cosine decay, three million updates.
+
+Differences from the reference code:
+  1. u is the norm of the standard deviations, as in the code; the paper prints the norm of the covariance. Every published
+     lambda belongs to the code's form. All 7 members count, not only the elites.
+  2. The buffer keeps the last 5 rollouts whole. The reference keeps the last 5 x 50 000 x h rows, and so, where rollouts end
+     early, rows of older policies as well.
+  3. Rows without a recorded successor train no model; the reference learns the resets after terminals as physics.
+  4. A state of hopper below -100 ends a rollout as one above 100 does; the rule of every public code misses it.
+  5. The Q functions step before the policy, the temperature after it. TD errors are not halved (no matter for Adam).
+  6. v2: the policy's rate decays with every update, in OfflineRL-Kit with every 1 000.
+"""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils import UserError, evaluate, load_dataset, make_env, normalized_score, parse_task
+
+
+@dataclass
+class Args:
+    # --- experiment ---
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task (version optional) or Minari id
+    exp_name: str | None = None  # None: mopo; mbpo without penalty; sac without imagined data
+    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
+    seed: int = 0
+    total_updates: int | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    num_threads: int | None = None  # threads on the CPU; None: all cores
+    compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
+    run_dir: str = "runs"  # parent of the run's folder
+    checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
+
+    # --- logging ---
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "rewind"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None  # None: task and algorithm
+    log_every: int = 1_000  # updates
+
+    # --- data and evaluation ---
+    dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
+    eval_every: int = 5_000  # updates
+    eval_episodes: int = 10  # per evaluation, deterministic actions; 0: never touch the simulator
+
+    # --- dynamics ---
+    ensemble_size: int = 7  # members of the model
+    num_elites: int = 5  # members with the lowest holdout error; only these imagine
+    dynamics_hidden: int = 200  # width of the 4 hidden layers
+    dynamics_lr: float = 1e-3
+    dynamics_batch_size: int = 256
+    dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
+    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference
+    dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
+    dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
+    holdout_ratio: float = 0.2  # share of the rows held out
+    holdout_max: int = 1_000  # upper limit of held-out rows
+
+    # --- rollout (None: the task's value, SETTINGS below) ---
+    horizon: int | None = None  # imagined steps per start state (h)
+    model_ratio: float = 0.95  # share of imagined rows in a batch (eta; 1 - real_ratio elsewhere); 0: the base learner
+    rollout_every: int = 1_000  # updates from one rollout to the next
+    rollout_starts: int = 50_000  # start states per rollout
+    rollouts_kept: int = 5  # rollouts in the buffer, the oldest goes first
+    penalty_coef: float | None = None  # lambda; 0: no penalty
+    penalty: Literal["aleatoric", "pairwise_diff", "ensemble_std"] = "aleatoric"  # u(s, a), see penalty_of()
+
+    # --- learner ---
+    batch_size: int = 256  # real and imagined rows together
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # rate of the target networks
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of policy and Q functions
+    qf_lr: float = 3e-4
+    policy_lr: float | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
+    policy_lr_decay: int | None = None  # updates in which a cosine takes it to 0, 0: constant; None: all updates (v2), constant (v0)
+    target_entropy: float | None = None  # None: minus the number of action dimensions; v0: -3, whatever the task
+
+
+# Horizon h and penalty weight lambda. v0: tianheyu927/mopo, examples/config/d4rl. v2: OfflineRL-Kit, run_example/run_mopo.py.
+# "ours" is in neither. The longest key that the task begins with counts.
+SETTINGS = {
+    "v0": {
+        "halfcheetah-random": (5, 0.5),
+        "hopper-random": (5, 1.0),
+        "walker2d-random": (1, 1.0),
+        "halfcheetah-medium": (1, 1.0),
+        "hopper-medium": (5, 5.0),
+        "walker2d-medium": (5, 5.0),
+        "halfcheetah-medium-replay": (5, 1.0),
+        "hopper-medium-replay": (5, 1.0),
+        "walker2d-medium-replay": (1, 1.0),
+        "halfcheetah-medium-expert": (5, 5.0),  # 1 in the paper's table
+        "hopper-medium-expert": (5, 1.0),
+        "walker2d-medium-expert": (1, 2.0),
+        "": (1, 1.0),  # ours: any other task
+    },
+    "v2": {
+        "halfcheetah-random": (5, 0.5),  # random: as v0, which OfflineRL-Kit does not list
+        "hopper-random": (5, 1.0),
+        "walker2d-random": (1, 1.0),
+        "halfcheetah-medium": (5, 0.5),
+        "hopper-medium": (5, 5.0),
+        "walker2d-medium": (5, 0.5),
+        "halfcheetah-medium-replay": (5, 0.5),
+        "hopper-medium-replay": (5, 2.5),
+        "walker2d-medium-replay": (1, 2.5),
+        "halfcheetah-medium-expert": (5, 2.5),
+        "hopper-medium-expert": (5, 5.0),
+        "walker2d-medium-expert": (1, 2.5),
+        "": (1, 1.0),  # ours: any other task
+    },
+}
+# Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
+BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
+BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
+MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "gamma", "penalty_coef", "policy_lr_decay", "dynamics_weight_decay"}
+MAY_BE_ZERO |= {"dynamics_patience"}
+
+
+def resolve(args, task):
+    """The arguments with the settings of preset and task where the user left None; UserError for what cannot work."""
+    table = SETTINGS[args.preset]
+    horizon, penalty_coef = table[max((k for k in table if f"{task.domain}-{task.kind}".startswith(k)), key=len)]
+    tuned = {"horizon": horizon, "penalty_coef": penalty_coef}
+    if args.preset == "v0":
+        tuned |= {"total_updates": 1_000_000, "policy_lr": 3e-4, "policy_lr_decay": 0, "target_entropy": -3.0}
+    else:
+        tuned |= {"total_updates": 3_000_000, "policy_lr": 1e-4, "policy_lr_decay": args.total_updates or 3_000_000}
+    args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
+    for name, value in asdict(args).items():
+        for v in value if isinstance(value, tuple) else (value,):
+            flag = f"--{name.replace('_', '-')} {v}"
+            if type(v) is float and not math.isfinite(v):
+                raise UserError(f"{flag}: must be a finite number")
+            if type(v) in (int, float) and name != "target_entropy":
+                if v < 0 or (v == 0 and name not in MAY_BE_ZERO):
+                    raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
+                if (v > 1 and name in ("gamma", "tau", "model_ratio")) or (v >= 1 and name == "holdout_ratio"):
+                    raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
+    if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
+        raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
+    name = "sac" if args.model_ratio == 0 else "mopo" if args.penalty_coef > 0 else "mbpo"
+    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
+
+
+# --- run folder ---
+
+
+class Run:
+    """Config, metrics, checkpoints and result of one run, in <run-dir>/<task>__<algorithm>__<seed>[__<data source>]."""
+
+    def __init__(self, args, task, data, device):
+        """Make the folder or take up the run in it; `finished` says that there is nothing left to do."""
+        self.args, self.task, self.data, self.began = args, task, data, time.time()
+        source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
+        self.folder = Path(args.run_dir) / f"{task.slug}__{args.exp_name}__{args.seed}{source}"
+        modules = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)} | {"python": platform.python_version()}
+        git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        config = {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device), "versions": modules}
+        self.config = json.loads(json.dumps(config)) | {"git_commit": git if len(git) == 40 else None, "wandb_id": uuid.uuid4().hex[:8]}
+        self.state, self.evals, self.elapsed, self.wandb, self.finished = {}, [], 0.0, None, False
+        result = self.folder / "result.json"
+        if (self.folder / "config.json").exists():
+            old = json.loads((self.folder / "config.json").read_text())
+            self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
+            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
+            now["device"], then["device"] = self.config["device"], old["device"]
+            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k)):
+                raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
+        if (self.folder / "checkpoint.pt").exists():
+            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.evals, self.elapsed = self.state["evals"], self.state["elapsed"]
+            if self.state["phase"] == "policy" and self.state["step"] > args.total_updates:
+                raise UserError(f"--total-updates {args.total_updates}: {self.folder} has {self.state['step']} updates already")
+        if result.exists():
+            self.finished = json.loads(result.read_text())["updates"] == args.total_updates
+            if self.finished:
+                return
+            result.unlink()  # more updates are asked for
+        at = f"resumed at step {self.state['step']} of {self.state['phase']}" if self.state else "new run"
+        print(f"{self.folder}: {at}, {len(data)} transitions of {data.source} data, on {device}", file=sys.stderr)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write("config.json", lambda f: f.write_text(json.dumps(self.config, indent=1) + "\n"))
+        self.metrics = open(self.folder / "metrics.jsonl", "a")
+        self.metrics.truncate(self.state.get("metrics_bytes", 0))  # what came after the checkpoint will come again
+        if args.track:
+            self.begin_wandb()
+
+    def begin_wandb(self):
+        for mode in (os.environ.get("WANDB_MODE"), "offline"):  # no login or no server: offline, for `wandb sync` later
+            try:
+                import wandb
+
+                self.wandb = wandb.init(
+                    project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.folder.name,
+                    group=self.args.wandb_group or f"{self.task.slug}__{self.args.exp_name}", id=self.config["wandb_id"],
+                    tags=[self.task.id, self.args.exp_name, self.data.source], config=self.config, resume="allow", mode=mode,
+                    dir=str(self.folder), settings=wandb.Settings(init_timeout=30),
+                )  # fmt: skip
+                return self.wandb.define_metric("*", step_metric="update")
+            except Exception as e:  # whatever it is, a run is not stopped by its logger
+                print(f"W&B: {type(e).__name__}: {str(e)[:120]}", file=sys.stderr)
+
+    def log(self, update, metrics):
+        """One line of metrics.jsonl; tensors become floats here and nowhere else."""
+        row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        if bad := [k for k, v in row.items() if k.startswith("losses/") and not math.isfinite(v)]:
+            raise UserError(f"{', '.join(bad)} not finite at update {update}; {self.folder} keeps its last good checkpoint", status=3)
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        self.to_wandb(lambda run: run.log(row))
+
+    def to_wandb(self, call):
+        try:
+            if self.wandb:
+                call(self.wandb)
+        except Exception as e:
+            print(f"W&B: {type(e).__name__}: {str(e)[:120]}; going on without it", file=sys.stderr)
+            self.wandb = None
+
+    def write(self, name, write):
+        part = self.folder / f"{name}.part"
+        write(part)
+        os.replace(part, self.folder / name)  # a killed run never leaves half a file under its name
+
+    def save(self, phase, step, **parts):
+        """Checkpoint. What earlier phases left in it stays, unless it is given again; None removes it."""
+        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+        self.state |= parts | {"phase": phase, "step": step, "rng": rng, "evals": self.evals}
+        self.state |= {"metrics_bytes": self.metrics.tell(), "elapsed": self.elapsed + time.time() - self.began}
+        self.state = {k: v for k, v in self.state.items() if v is not None}
+        self.write("checkpoint.pt", lambda f: torch.save(self.state, f))
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # gives back what lies free between blocks in use, or long runs creep up
+
+    def restore_rng(self):
+        torch.set_rng_state(self.state["rng"][0])
+        if len(self.state["rng"]) > 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.state["rng"][1])
+
+    def evaluate(self, update, envs, act):
+        """Deterministic episodes, seeded apart from training; the score, or the return where the task has no reference."""
+        self.seen = []
+        returns, lengths = evaluate(envs, act, seed=self.args.seed + 100, trajectories=self.seen)
+        self.draw("execution", self.seen)
+        e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
+        e["normalized_score"] = normalized_score(self.task, e["return"])
+        self.evals.append({"update": update} | e)
+        self.log(update, {f"eval/{k}": v for k, v in e.items()})
+        return e["return"] if e["normalized_score"] is None else e["normalized_score"]
+
+    def draw(self, name, trajectories):
+        """On a maze, the top view of some (T, 4) trajectories as <name>.png."""
+        if self.task.domain == "maze2d":
+            from maze2d_env import draw_trajectories
+
+            self.write(f"{name}.png", lambda f: draw_trajectories(self.task.kind.split("-")[0], trajectories[:100], f))
+
+    def finish(self, updates, sps):
+        last = self.evals[-1] if self.evals else dict.fromkeys(("return", "return_std", "normalized_score"))
+        tail = [e["normalized_score"] for e in self.evals[-10:] if e["normalized_score"] is not None]
+        result = {"task": self.task.id, "algorithm": self.args.exp_name, "seed": self.args.seed, "updates": updates}
+        result |= {"normalized_score": last["normalized_score"], "normalized_score_last_10": sum(tail) / len(tail) if tail else None}
+        result |= {"return_mean": last["return"], "return_std": last["return_std"], "eval_episodes": self.args.eval_episodes}
+        result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
+        result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit")}
+        self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
+        self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
+        score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
+        print(f"{self.folder}: {', '.join(score) or 'not evaluated'}")
+
+
+def pick_device(name):
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name != "auto" and not have[name]:
+        raise UserError(f"--device {name}: there is none here; use --device auto")
+    return torch.device(name if name != "auto" else "cuda" if have["cuda"] else "cpu")
+
+
+def keep_freed_memory():
+    """glibc returns freed blocks to the system and faults them in again at the next update, up to a third of its time on a
+    CPU; and while it adjusts its thresholds itself, long runs grow by gigabytes. Fixed thresholds (and a trim at every
+    checkpoint) cure both."""
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def descend(opt, loss, inputs=None):
+    """One gradient step."""
+    opt.zero_grad()
+    loss.backward(inputs=inputs)
+    opt.step()
+
+
+def progress(total, desc, unit, initial=0):
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+# --- networks ---
+
+
+def mlp(*sizes):
+    layers = [layer for n, m in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
+
+
+def squash(mean, log_std, noise):
+    """Tanh of a Gaussian sample, and its log-density: (..., A) -> (..., A), (...)"""
+    pre_tanh = mean + log_std.exp() * noise
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - tanh(u)^2), never log 0
+    return pre_tanh.tanh(), log_prob.sum(-1)
+
+
+class Policy(nn.Module):
+    """pi(a|s): tanh-squashed Gaussian, log standard deviation clamped to [-5, 2]."""
+
+    def __init__(self, obs_dim, act_dim, hidden):
+        super().__init__()
+        self.net = mlp(obs_dim, *hidden, 2 * act_dim)
+
+    def forward(self, obs):
+        """obs (B, O) -> mean and log standard deviation before the tanh, (B, A) each"""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, log_std.clamp(-5, 2)
+
+
+class QFunctions(nn.Module):
+    """Q_1(s,a) and Q_2(s,a)."""
+
+    def __init__(self, obs_dim, act_dim, hidden):
+        super().__init__()
+        self.q1 = mlp(obs_dim + act_dim, *hidden, 1)
+        self.q2 = mlp(obs_dim + act_dim, *hidden, 1)
+
+    def forward(self, obs, act):
+        """obs (..., O), act (..., A) -> (2, ...)"""
+        x = torch.cat([obs, act], -1)
+        rows = x.flatten(0, -2)  # a matrix: on views of more dimensions autograd would copy at every in-place ReLU
+        return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
+
+
+# --- dynamics model ---
+
+
+class Dynamics(nn.Module):
+    """E Gaussians over reward and change of state, each a network of its own, one tensor operation per layer; sizes, bounds and
+    weight decays from tianheyu927/mopo, mopo/models. A forward model is given s and predicts s', p(s', r | s, a); a reverse
+    model is given s' and predicts s, p(s, r | s', a): `cond` and `pred` stand for the two.
+    """
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        self.args = args
+        sizes = [obs_dim + act_dim] + 4 * [args.dynamics_hidden] + [2 * (obs_dim + 1)]
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+        for n, m in zip(sizes, sizes[1:], strict=False):
+            w, std = torch.empty(args.ensemble_size, n, m), 0.5 / n**0.5
+            self.weight.append(nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std))
+            self.bias.append(torch.zeros(args.ensemble_size, 1, m))
+        self.max_logvar = nn.Parameter(torch.full((obs_dim + 1,), 0.5))
+        self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
+        self.register_buffer("mean", torch.zeros(obs_dim + act_dim))
+        self.register_buffer("std", torch.ones(obs_dim + act_dim))
+        self.register_buffer("elites", torch.arange(args.num_elites))
+
+    def inputs(self, cond, act):
+        return (torch.cat([cond, act], -1) - self.mean) / self.std
+
+    def forward(self, x, members=slice(None)):
+        """x (E, B, O+A), standardised -> mean and log-variance of (r, pred - cond), (E, B, 1+O) each"""
+        for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
+            x = torch.baddbmm(b[members], x, w[members])
+            x = F.silu(x) if i < len(self.weight) - 1 else x
+        mean, logvar = x.chunk(2, -1)
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
+
+    def loss(self, x, target):
+        """Gaussian negative log-likelihood (doubled, without its constant), summed over members; and a pull on the bounds."""
+        mean, logvar = self(x)
+        nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
+        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
+
+    @torch.no_grad()
+    def sample(self, cond, act):
+        """pred and r, each row from an elite of its own: (B, O), (B, A) -> (B, O), (B,)"""
+        x = self.inputs(cond, act)
+        chosen = self.elites[torch.randint(len(self.elites), (len(x),), device=x.device)]
+        out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
+        for e in self.elites.tolist():
+            rows = (chosen == e).nonzero().squeeze(1)
+            mean, logvar = self(x[rows].unsqueeze(0), slice(e, e + 1))
+            out[rows] = mean[0] + (0.5 * logvar[0]).exp() * out[rows]
+        return cond + out[:, 1:], out[:, 0]
+
+    def optimizer(self):
+        """Adam's own weight decay adds wd W to the gradient: the gradient of the reference's loss term wd/2 |W|^2."""
+        groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(self.weight, self.args.dynamics_weight_decay, strict=True)]
+        groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
+        return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)
+
+
+def train_dynamics(dynamics, cond, act, rew, pred, args, run):
+    """Maximum likelihood until the holdout error of every member has stopped falling."""
+    device, E = cond.device, args.ensemble_size
+    # Split and bootstraps come from a generator of their own: a resumed run draws the same ones again.
+    split = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(act), generator=split).to(device)
+    num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
+    holdout, train = order[:num_holdout], order[num_holdout:]
+    bootstrap = torch.randint(len(train), (E, len(train)), generator=split).to(device)
+    x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
+    mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
+    dynamics.mean.copy_(mean)
+    dynamics.std.copy_(torch.where(std < 1e-12, 1.0, std))
+    x = dynamics.inputs(cond, act)
+    layers, opt = [*dynamics.weight, *dynamics.bias], dynamics.optimizer()
+    snapshot, best = [p.detach().clone() for p in layers], torch.full((E,), math.inf, device=device)
+    epoch = stale = 0
+    if "dynamics_training" in run.state:
+        saved = run.state["dynamics_training"]
+        dynamics.load_state_dict(run.state["dynamics"])
+        opt.load_state_dict(saved["opt"])
+        snapshot, best = [p.to(device) for p in saved["snapshot"]], saved["best"].to(device)
+        epoch, stale = saved["epoch"], saved["stale"]
+        run.restore_rng()
+
+    @torch.no_grad()
+    def holdout_mse():
+        return (dynamics(x[holdout].expand(E, -1, -1))[0] - y[holdout]).square().mean((1, 2))  # (E,)
+
+    loss_fn = torch.compile(dynamics.loss) if args.compile else dynamics.loss
+    bar = progress(args.dynamics_max_epochs, "dynamics", "epoch", epoch)
+    while stale <= args.dynamics_patience and epoch < (args.dynamics_max_epochs or math.inf):
+        shuffle = torch.stack([torch.randperm(len(train), device=device) for _ in range(E)])
+        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
+        for idx in rows.split(args.dynamics_batch_size, 1):  # (E, B)
+            loss = loss_fn(x[idx], y[idx])
+            descend(opt, loss)
+        mse = holdout_mse()
+        improved = mse < 0.99 * best  # every member keeps the weights of its own best epoch
+        best = torch.where(improved, mse, best)
+        for kept, p in zip(snapshot, layers, strict=True):
+            kept[improved] = p.detach()[improved]
+        epoch, stale = epoch + 1, 0 if improved.any() else stale + 1
+        run.log(0, {"model/epoch": epoch, "losses/dynamics": loss.detach(), "model/holdout_mse": mse.mean(), "model/best_mse": best.mean()})
+        training = {"opt": opt.state_dict(), "epoch": epoch, "stale": stale, "best": best, "snapshot": snapshot}
+        run.save("dynamics", epoch, dynamics=dynamics.state_dict(), dynamics_training=training)
+        bar.set_postfix(holdout_mse=f"{mse.mean():.4g}", best=f"{best.mean():.4g}")
+        bar.update()
+    bar.close()
+    with torch.no_grad():
+        torch._foreach_copy_(layers, snapshot)  # the bounds of the log-variance stay as they are
+    mse = holdout_mse()
+    dynamics.elites.copy_(mse.argsort()[: args.num_elites])
+    explained = 1 - mse[dynamics.elites].mean() / y[holdout].var(0, unbiased=False).mean()
+    run.log(0, {"model/epochs": epoch, "model/elite_mse": mse[dynamics.elites].mean(), "model/explained_variance": explained})
+    print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, holdout MSE {mse[dynamics.elites].mean():.4g}", file=sys.stderr)
+
+
+def model_key(direction, args, data):
+    """Everything that decides a trained model."""
+    settings = {k: v for k, v in asdict(args).items() if k.startswith(("dynamics_", "ensemble_", "num_elites", "holdout_", "seed"))}
+    settings.pop("dynamics_from")
+    return json.loads(json.dumps(settings | {"direction": direction, "data": data.sha256}))
+
+
+def model_of_another_run(args, key):
+    """State of the model in the folder --dynamics-from: training it here again would give the same bits and take hours."""
+    path = Path(args.dynamics_from) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if "model_key" not in state:
+        raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
+    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k)):
+        raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
+    return state["dynamics"]
+
+
+@torch.no_grad()
+def model_error(dynamics, act, trajectories, horizon):
+    """Root mean squared error of the elites' mean prediction on episodes of the real environment, after one step and after
+    `horizon` steps that follow the recorded actions, over all state dimensions, in their units: {name: float}.
+
+    act: obs (B, O) -> the actions (B, A) that made the episodes; trajectories: list of (T+1, O) arrays
+    """
+    device, errors = dynamics.mean.device, {}
+    episodes = [torch.as_tensor(t, dtype=torch.float32) for t in trajectories]
+    acts = [act(e[:-1]).to(device) for e in episodes]  # the policy is deterministic: the same actions again
+    for steps in sorted({1, horizon}):
+        known = [i for i, e in enumerate(episodes) if len(e) > steps]
+        if known:
+            obs = torch.cat([episodes[i][:-steps] for i in known]).to(device)
+            for k in range(steps):
+                a = torch.cat([acts[i][k : len(acts[i]) - steps + 1 + k] for i in known])
+                mean = dynamics(dynamics.inputs(obs, a).expand(len(dynamics.elites), -1, -1), dynamics.elites)[0]
+                obs = obs + mean.mean(0)[:, 1:]
+            truth = torch.cat([episodes[i][steps:] for i in known]).to(device)
+            errors[f"model/true_error_{steps}"] = (obs - truth).square().mean().sqrt()
+    return errors
+
+
+# --- rollout ---
+
+
+def termination_fn(task, data):
+    """(obs, act, next_obs) -> (B,) bool, has the MDP ended with this transition? The rules of Gymnasium's v4 robots; with the
+    reference's signature, although none of them looks at more than next_obs."""
+    if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
+        reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
+        goal = (reached.amax(0) + reached.amin(0)) / 2
+
+    def terminates(obs, act, next_obs):
+        height, angle, finite = next_obs[:, 0], next_obs[:, 1], next_obs.isfinite().all(-1)
+        if task.domain == "hopper":
+            return ~(finite & (next_obs[:, 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
+        if task.domain == "walker2d":
+            return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+        if task.domain == "ant":
+            return ~(finite & (height >= 0.2) & (height <= 1.0))
+        if task.domain == "antmaze":
+            return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
+        return torch.zeros_like(finite)  # halfcheetah and maze2d never end
+
+    return terminates
+
+
+def pack(obs, act, rew, next_obs, terminated):
+    """Transitions as rows of one matrix, so that a batch is one index operation: (B, 2 O + A + 2)"""
+    return torch.cat([obs, act, rew[:, None], next_obs, terminated[:, None].float()], -1)
+
+
+def unpack(rows, obs_dim, act_dim):
+    obs, act, rew, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], -1)
+    return obs, act, rew.squeeze(-1), next_obs, terminated.squeeze(-1)
+
+
+def penalty_of(kind, mean, logvar):
+    """u(s, a), the model's uncertainty, from the predictions of all members (E, B, 1+O), reward first: (B,)
+
+    aleatoric      largest norm of the predicted standard deviations, reward included (mopo: penalty_learned_var)
+    pairwise_diff  largest distance of a member's mean next state to the members' mean (mopo without penalty_learned_var;
+                   OfflineRL-Kit's pairwise-diff)
+    ensemble_std   root of the variance of the mean next states over members, averaged over dimensions (OfflineRL-Kit)
+    """
+    if kind == "aleatoric":
+        return (0.5 * logvar).exp().norm(dim=-1).amax(0)
+    if kind == "pairwise_diff":
+        return (mean - mean.mean(0))[..., 1:].norm(dim=-1).amax(0)
+    return mean[..., 1:].var(0, unbiased=False).mean(-1).sqrt()
+
+
+@torch.no_grad()
+def imagine(starts, dynamics, policy, terminates, args):
+    """A rollout of `horizon` steps from `rollout_starts` rows of `starts` (N, O): (M, 2 O + A + 2) and what to log
+    (MOPO Alg. 2, l. 4-10)."""
+    obs = starts[torch.randint(len(starts), (args.rollout_starts,), device=starts.device)]  # l. 5
+    rows, penalties, alive = [], [], []
+    for _ in range(args.horizon):
+        mean, log_std = policy(obs)
+        act, _ = squash(mean, log_std, torch.randn_like(mean))  # l. 7
+        next_obs, rew = dynamics.sample(obs, act)  # l. 8: a member of its own for every row
+        chunks = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in dynamics.inputs(obs, act).split(2_000)]  # caches are small
+        penalty = torch.cat([penalty_of(args.penalty, *chunk) for chunk in chunks])
+        terminated = terminates(obs, act, next_obs)
+        rows.append(pack(obs, act, rew - args.penalty_coef * penalty, next_obs, terminated))  # l. 9, 10
+        penalties.append(penalty)
+        alive.append(len(obs) / args.rollout_starts)
+        obs = next_obs[~terminated]  # a rollout that ended stays ended
+    rows, penalty = torch.cat(rows), torch.cat(penalties)
+    _, _, rew, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
+    stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean(), "terminated": terminated.mean()}
+    stats |= {"alive_at_last_step": alive[-1], "unpenalized_reward_mean": (rew + args.penalty_coef * penalty).mean()}
+    spread = {"mean": penalty.mean(), "max": penalty.max()}
+    spread |= {f"p{p}": penalty.kthvalue(max(1, len(penalty) * p // 100)).values for p in (50, 95)}
+    return rows, {f"model/imagined_{k}": v for k, v in stats.items()} | {f"model/penalty_{k}": v for k, v in spread.items()}
+
+
+# --- learner ---
+
+
+class SAC:
+    """Soft actor-critic with a learnt temperature (arXiv:1812.05905)."""
+
+    def __init__(self, obs_dim, act_dim, args, device):
+        self.args, self.device = args, device
+        self.policy = Policy(obs_dim, act_dim, args.hidden).to(device)
+        self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
+        self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
+        self.target_qf.load_state_dict(self.qf.state_dict())
+        self.log_alpha = nn.ParameterDict({"sac": torch.zeros(())}).to(device)  # temperature
+        self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
+        adam = dict(fused=True, capturable=device.type == "cuda")
+        self.qf_opt = torch.optim.Adam(self.qf.parameters(), lr=args.qf_lr, **adam)
+        self.policy_opt = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr, **adam)
+        self.alpha_opt = torch.optim.Adam(self.log_alpha.parameters(), lr=args.policy_lr, **adam)
+        if args.compile:
+            mode = "reduce-overhead" if device.type == "cuda" else None
+            self.policy_loss, self.critic_loss = (torch.compile(f, mode=mode) for f in (self.policy_loss, self.critic_loss))
+
+    def critic_loss(self, obs, act, rew, next_obs, terminated, alpha):
+        """TD error of both Q functions against the soft value of the next state (SAC Eq. 5)."""
+        with torch.no_grad():
+            mean, log_std = self.policy(next_obs)
+            next_act, next_log_prob = squash(mean, log_std, torch.randn_like(mean))
+            next_q = self.target_qf(next_obs, next_act).amin(0) - alpha * next_log_prob  # (B,)
+            target_q = rew + self.args.gamma * (1 - terminated) * next_q
+        q = self.qf(obs, act)  # (2, B)
+        loss = (q - target_q).square().mean(1).sum()
+        return loss, {"q/data": q.detach().mean(), "q/target": target_q.mean()}
+
+    def policy_loss(self, obs, alpha):
+        """SAC Eq. 7."""
+        mean, log_std = self.policy(obs)
+        act, log_prob = squash(mean, log_std, torch.randn_like(mean))
+        return (alpha * log_prob - self.qf(obs, act).amin(0)).mean(), log_prob.detach().mean()
+
+    def update(self, obs, act, rew, next_obs, terminated, step):
+        """Q functions, policy, temperature, targets, in this order; returns metrics, which the next update may overwrite."""
+        if self.args.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        alpha = self.log_alpha["sac"].detach().exp()
+        critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated, alpha)
+        descend(self.qf_opt, critic_loss)
+        if self.args.policy_lr_decay:
+            rate = 0.5 * (1 + math.cos(math.pi * min(1, step / self.args.policy_lr_decay)))
+            self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
+        policy_loss, log_prob = self.policy_loss(obs, alpha)
+        descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
+        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 17
+        torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
+        losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
+        return losses | q_metrics | {"q/entropy": -log_prob, "q/alpha": alpha}
+
+    @torch.no_grad()
+    def act(self, obs):
+        """obs (B, O) -> deterministic actions (B, A), on the CPU"""
+        return self.policy(obs.to(self.device))[0].tanh().cpu()
+
+    PARTS = ("policy", "qf", "target_qf", "log_alpha", "policy_opt", "qf_opt", "alpha_opt")
+
+    def state_dict(self):
+        return {k: getattr(self, k).state_dict() for k in self.PARTS}
+
+    def load_state_dict(self, state):
+        for k in self.PARTS:
+            getattr(self, k).load_state_dict(state[k])
+
+
+# --- main ---
+
+
+def fitted_dynamics(data, args, device, run, key, given):
+    """The forward model, from the checkpoint, from another run, or trained now (MOPO Alg. 2, l. 1)."""
+    known = data.has_next  # a row without a true successor teaches a model nothing but resets
+    obs, act, rew, next_obs = (x[known].to(device) for x in (data.obs, data.act, data.rew, data.next_obs))
+    cond, pred = obs, next_obs  # forwards
+    torch.manual_seed(4 * args.seed)
+    dynamics = Dynamics(obs.shape[1], act.shape[1], args).to(device)
+    if run.state.get("phase", "dynamics") == "dynamics":
+        dynamics.load_state_dict(given) if given else train_dynamics(dynamics, cond, act, rew, pred, args, run)
+        run.log(0, {"model/data_reward_min": rew.min(), "model/data_reward_max": rew.max()})
+        run.save("policy", 0, dynamics=dynamics.state_dict(), dynamics_training=None, model_key=key)
+    dynamics.load_state_dict(run.state["dynamics"])
+    return dynamics
+
+
+class ModelBuffer:
+    """The last rollouts (D_model). A checkpoint holds the policies that made them, not their rows: each rollout has a seed of
+    its own, so a resumed run (same device, same number of threads) imagines the same rows again."""
+
+    def __init__(self, task, data, dynamics, args, device, run):
+        self.starts, self.dynamics, self.args, self.run = data.obs.to(device), dynamics, args, run
+        self.terminates, self.policies, self.rollouts = termination_fn(task, data), [], []
+        for step, policy in run.state.get("rollout_policies", []):
+            self.add(step, {k: v.to(device) for k, v in policy.items()}, again=True)
+
+    def add(self, step, weights, again=False):
+        """Rollouts of the policy with these weights (a state dict); the oldest make room."""
+        policy = Policy(self.starts.shape[1], self.dynamics.mean.shape[0] - self.starts.shape[1], self.args.hidden).to(self.starts.device)
+        policy.load_state_dict(weights)
+        with torch.random.fork_rng():
+            torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
+            rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
+        if not rows.isfinite().all():
+            raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)
+        if not again:
+            self.run.log(step, stats)
+        keep = self.args.rollouts_kept
+        self.policies, self.rollouts = [*self.policies, (step, policy.state_dict())][-keep:], [*self.rollouts, rows][-keep:]
+        self.rows = torch.cat(self.rollouts)
+
+    def __call__(self, size):
+        return self.rows[torch.randint(len(self.rows), (size,), device=self.rows.device)]
+
+
+def main(args):
+    task = parse_task(args.env)
+    args = resolve(args, task)
+    device = pick_device(args.device)
+    data = load_dataset(task, args.dataset)
+    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as the reference: 12 of 256
+    num_model = args.batch_size - num_real
+    if num_model and data.has_next.sum() < 10:
+        raise UserError(f"--dataset {args.dataset}: too few transitions with a known successor to train a model")
+    key = model_key("forward", args, data)
+    given = model_of_another_run(args, key) if args.dynamics_from and num_model else None
+    envs = [make_env(task) for _ in range(args.eval_episodes)]
+    run = Run(args, task, data, device)
+    if run.finished:
+        return print(f"{run.folder} is finished; more --total-updates would carry it on")
+    torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+
+    obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
+    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None
+    imagined = ModelBuffer(task, data, dynamics, args, device, run) if num_model else None
+    torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
+    agent, step = SAC(obs_dim, act_dim, args, device), 0
+    if "agent" in run.state:
+        agent.load_state_dict(run.state["agent"])
+        step = run.state["step"]
+        run.restore_rng()
+    rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
+
+    bar, score = progress(args.total_updates, args.exp_name, "update", step), None
+    begin, mark = (step, time.time()), (step, time.time())
+    while step < args.total_updates:
+        batch = rows[torch.randint(len(rows), (num_real,), device=device)]
+        if num_model:
+            if step % args.rollout_every == 0:
+                imagined.add(step, agent.policy.state_dict())
+            batch = torch.cat([batch, imagined(num_model)])  # l. 11: D_env u D_model
+        metrics = agent.update(*unpack(batch, obs_dim, act_dim), step)
+        step += 1
+        bar.update()
+        save = step % args.checkpoint_every == 0 or step == args.total_updates
+        if step % args.log_every == 0 or save:
+            sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
+            run.log(step, metrics | {"charts/SPS": sps})
+            shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
+            bar.set_postfix(shown | ({} if score is None else {"score": score}))
+        if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
+            score = round(run.evaluate(step, envs, agent.act), 1)
+            if num_model:
+                run.log(step, model_error(dynamics, agent.act, run.seen, args.horizon))
+        if save:
+            if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters())):
+                raise UserError(f"weights not finite at update {step}; {run.folder} keeps its last good checkpoint", status=3)
+            run.save("policy", step, agent=agent.state_dict(), **({"rollout_policies": imagined.policies} if num_model else {}))
+    bar.close()
+    trained = step - begin[0]  # in this process; nothing is left where a run was killed just before its end
+    run.finish(step, trained / (time.time() - begin[1]) if trained else step / (run.elapsed + 1e-9))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
+    except UserError as e:
+        sys.exit(e.report())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
