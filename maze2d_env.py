@@ -147,14 +147,46 @@ def top_view(maze, scale):
     return image, draw, place
 
 
-def draw_trajectories(maze, trajectories, path):
+def view_trajectories(maze, trajectories, scale=80):
     """Top view with a line per trajectory, arrays (T, 4) in forward time, from blue at the begin to red at the end."""
-    image, draw, place = top_view(maze, 80)
+    image, draw, place = top_view(maze, scale)
     for states in trajectories:
         for t in range(len(states) - 1):
             share = t / max(len(states) - 2, 1)
-            draw.line([place(states[t]), place(states[t + 1])], (round(255 * share), 0, round(255 * (1 - share))), width=1)
-    image.save(path, "PNG")
+            colour = (round(255 * share), 0, round(255 * (1 - share)))
+            draw.line([place(states[t]), place(states[t + 1])], colour, width=max(1, scale // 80))
+    y, x = place(goal_cell(maze))
+    draw.ellipse([y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], outline="green", width=scale // 40)  # seen under any crowd
+    return image
+
+
+def draw_trajectories(maze, trajectories, path):
+    view_trajectories(maze, trajectories).save(path, "PNG")
+
+
+def wall_distance(maze, begin, end):
+    """Distance in m from the ball's centre to the nearest wall, the least on the straight way between observed positions
+    begin and end, (C, 2) each: (C,). 0 where the way enters a wall or leaves the maze; a ball touches a wall below its radius, 0.1.
+
+    A way and a block that do not meet are nearest to each other at an end of the way or at a corner of the block.
+    """
+    begin, end = np.asarray(begin, float), np.asarray(end, float)
+    lines, way = MAZES[maze], end - begin
+    slope, length = np.where(way == 0, 1e-30, way), np.maximum((way**2).sum(1), 1e-30)
+    least = np.full(len(begin), np.inf)
+    for i, j in ((i, j) for i, line in enumerate(lines) for j, cell in enumerate(line) if cell == "#"):
+        low, high = np.array([i - 0.7, j - 0.7]), np.array([i + 0.3, j + 0.3])  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
+        for p in (begin, end):
+            least = np.minimum(least, np.linalg.norm(np.maximum(0, np.maximum(low - p, p - high)), axis=1))
+        for corner in (low, high, [low[0], high[1]], [high[0], low[1]]):
+            share = np.clip(((corner - begin) * way).sum(1) / length, 0, 1)[:, None]
+            least = np.minimum(least, np.linalg.norm(begin + share * way - corner, axis=1))
+        bounds = np.sort([(low - begin) / slope, (high - begin) / slope], axis=0)  # (2, C, 2): shares of the way within each strip
+        enter, leave = bounds[0].max(1), bounds[1].min(1)
+        least[(enter <= leave) & (enter <= 1) & (leave >= 0)] = 0
+    top = np.array([len(lines), len(lines[0])]) - 0.7
+    least[((begin < -0.7) | (end < -0.7) | (begin > top) | (end > top)).any(1)] = 0
+    return least
 
 
 def replay_error(maze, obs, act, next_obs):
