@@ -690,7 +690,7 @@ class COMBO:
 
 
 def fitted_dynamics(data, args, device, run, key, given):
-    """The forward model, from the checkpoint, from another run, or trained now (COMBO Alg. 1, l. 1)."""
+    """The forward model: from the checkpoint, from another run, or trained now."""
     known = data.has_next  # a row without a true successor teaches a model nothing but resets
     obs, act, rew, next_obs = (x[known].to(device) for x in (data.obs, data.act, data.rew, data.next_obs))
     cond, pred = obs, next_obs  # forwards
@@ -756,7 +756,7 @@ def main(args):
     np.random.seed(args.seed)
 
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
-    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None
+    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None  # l. 1
     imagined = ModelBuffer(task, data, dynamics, args, device, run) if num_model else None
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
     agent, step = COMBO(obs_dim, act_dim, args, device), 0
