@@ -717,10 +717,11 @@ class ModelBuffer:
 
     def add(self, step, weights, again=False):
         """Rollouts of the policy with these weights (a state dict); the oldest make room."""
-        policy = Policy(self.starts.shape[1], self.dynamics.mean.shape[0] - self.starts.shape[1], self.args.hidden).to(self.starts.device)
-        policy.load_state_dict(weights)
+        obs_dim = self.starts.shape[1]
         with torch.random.fork_rng():
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
+            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(self.starts.device)
+            policy.load_state_dict(weights)
             rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
         if not rows.isfinite().all():
             raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)

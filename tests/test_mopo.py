@@ -1,0 +1,454 @@
+"""Facts about MOPO and COMBO: penalties, rollouts, buffer and conservative term against numbers worked by hand."""
+
+import importlib
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import tyro
+from test_romi_cql import toy
+
+from utils import Dataset, UserError, parse_task
+
+CPU = torch.device("cpu")
+HOPPER = parse_task("hopper-medium-replay")
+SMALL = {
+    "dynamics_hidden": 16,
+    "hidden": (16,),
+    "rollout_starts": 200,
+    "horizon": 4,
+    "batch_size": 20,
+    "policy_lr": 1e-3,
+    "policy_lr_decay": 0,
+}
+OWN = {
+    "mopo": {"penalty_coef": 2.0},
+    "combo": {"beta": 3.0, "rollout_policy": "policy", "rho_states": "mix", "model_ratio": 0.5, "qf_lr": 1e-3, "cql_samples": 3},
+}
+mopo, combo = (importlib.import_module(name) for name in OWN)
+MOPO, COMBO = (replace(importlib.import_module(name).Args(exp_name=name), **SMALL, **own) for name, own in OWN.items())
+both = pytest.mark.parametrize("m, args", [(mopo, MOPO), (combo, COMBO)], ids=["mopo", "combo"])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class FixedModel:
+    """A model of 7 members whose means move state 0 by `step` and nothing else, with given standard deviations (E, 1+O)."""
+
+    def __init__(self, std, step=0.0, reward=1.0):
+        self.std, self.step, self.reward, self.elites = std, step, reward, torch.arange(5)
+        self.mean, self.seen = torch.zeros(std.shape[1] - 1 + 2), []
+
+    def inputs(self, cond, act):
+        return torch.cat([cond, act], -1)
+
+    def __call__(self, x, members=None):
+        mean = torch.zeros(len(x), x.shape[1], self.std.shape[1])
+        mean[..., 0], mean[..., 1] = self.reward, self.step
+        std = self.std if members is None else self.std[members]
+        return mean, 2 * std.log()[:, None].expand(len(x), x.shape[1], -1)
+
+    def sample(self, cond, act):
+        self.seen.append(cond)
+        out = cond.clone()
+        out[:, 0] += self.step
+        return out, torch.full((len(cond),), self.reward)
+
+
+class Straight:
+    """A policy that stands still."""
+
+    def __call__(self, obs):
+        return torch.zeros(len(obs), 2), torch.full((len(obs), 2), -5.0)
+
+
+def never(obs, act, next_obs):
+    return torch.zeros(len(obs), dtype=torch.bool)
+
+
+# --- penalty (spec 6d) ---
+
+
+def test_penalty_is_the_largest_norm_of_the_predicted_standard_deviations():
+    std = torch.tensor([[3.0, 4.0], [1.0, 1e-6]])  # reward and one state dimension
+    logvar = 2 * std.log()[:, None]  # (2, 1, 2)
+    for mean in (torch.zeros(2, 1, 2), 100 * torch.randn(2, 1, 2)):  # means do not matter
+        assert mopo.penalty_of("aleatoric", mean, logvar).item() == pytest.approx(5.0)
+
+
+def test_other_penalties_measure_how_members_disagree_about_the_state():
+    mean = torch.tensor([[[9.0, 0.0, 0.0]], [[-9.0, 6.0, 0.0]], [[0.0, 0.0, 3.0]]])  # mean state (2, 1), rewards do not matter
+    logvar = torch.randn(3, 1, 3)
+    # distances to (2, 1): sqrt 5, sqrt 17, sqrt 8; variances over members: 8 and 2
+    assert mopo.penalty_of("pairwise_diff", mean, logvar).item() == pytest.approx(17**0.5)
+    assert mopo.penalty_of("ensemble_std", mean, logvar).item() == pytest.approx(5**0.5)
+
+
+def test_imagined_rewards_are_penalised_by_all_members_not_only_elites():
+    std = torch.full((7, 3), 1e-6)
+    std[6, :2] = torch.tensor([3.0, 4.0])  # the seventh is no elite; u = 5, r = 1, lambda = 2: -9
+    rows, stats = mopo.imagine(torch.randn(50, 2), FixedModel(std), Straight(), never, MOPO)
+    rew = mopo.unpack(rows, 2, 2)[2]
+    assert rew.tolist() == pytest.approx([-9.0] * 800)
+    assert stats["model/penalty_mean"] == pytest.approx(5.0) and stats["model/imagined_unpenalized_reward_mean"] == pytest.approx(1.0)
+    for kind in ("pairwise_diff", "ensemble_std"):  # members agree here
+        rew = mopo.unpack(mopo.imagine(torch.randn(50, 2), FixedModel(std), Straight(), never, replace(MOPO, penalty=kind))[0], 2, 2)[2]
+        assert rew.tolist() == pytest.approx([1.0] * 800)
+    rew = mopo.unpack(mopo.imagine(torch.randn(50, 2), FixedModel(std), Straight(), never, replace(MOPO, penalty_coef=0.0))[0], 2, 2)[2]
+    assert rew.tolist() == [1.0] * 800
+
+
+# --- rollouts ---
+
+
+@both
+def test_rollouts_start_in_the_data_and_follow_the_model(m, args):
+    starts = torch.randn(50, 2)
+    rows, _ = m.imagine(starts, FixedModel(torch.full((7, 3), 1e-3), step=0.1), Straight(), never, args)
+    obs, _, _, next_obs, terminated = m.unpack(rows, 2, 2)
+    assert len(rows) == 4 * 200 and not terminated.any()
+    obs, next_obs = obs.view(4, 200, 2), next_obs.view(4, 200, 2)
+    assert all((o == starts).all(1).any() for o in obs[0])
+    assert torch.equal(obs[1:], next_obs[:-1])  # forward consistent, bit for bit
+
+
+@both
+def test_a_rollout_that_ended_does_not_go_on(m, args):
+    starts = torch.tensor([[0.0, 0.0], [0.25, 0.0]])
+    ends = lambda obs, act, next_obs: next_obs[:, 0] > 0.35  # noqa: E731 - after 4 steps from 0, after 2 from 0.25
+    model = FixedModel(torch.full((7, 3), 1e-3), step=0.1)
+    rows, stats = m.imagine(starts, model, Straight(), ends, args)
+    obs, _, _, next_obs, terminated = m.unpack(rows, 2, 2)
+    late = (obs[:200, 0] == 0.25).sum().item()
+    assert 0 < late < 200 and len(rows) == 2 * late + 4 * (200 - late)
+    assert torch.equal(terminated > 0, next_obs[:, 0] > 0.35) and terminated.sum() == 200
+    assert obs[:, 0].max() < 0.36
+    assert stats["model/imagined_alive_at_last_step"] == (200 - late) / 200
+
+
+@both
+def test_all_rollouts_may_end_at_once(m, args):
+    always = lambda obs, act, next_obs: torch.ones(len(obs), dtype=torch.bool)  # noqa: E731
+    rows, stats = m.imagine(torch.randn(5, 2), FixedModel(torch.full((7, 3), 1e-3)), Straight(), always, args)
+    assert len(rows) == 200 and m.unpack(rows, 2, 2)[4].all() and stats["model/imagined_alive_at_last_step"] == 0
+
+
+@both
+def test_hopper_falls_on_both_sides_of_its_bounds(m, args):
+    ends, obs = m.termination_fn(HOPPER, None), torch.zeros(4, 11)
+    obs[:, 0] = 1.2
+    obs[1, 5], obs[2, 5], obs[3, 0] = 101, -101, 0.69
+    assert ends(None, None, obs).tolist() == [False, True, True, True]
+
+
+def test_uniform_rollouts_change_the_actions_only():
+    args = replace(COMBO, rollout_policy="uniform", rollout_starts=20_000, horizon=1)
+    acts = combo.unpack(combo.imagine(torch.randn(50, 2), FixedModel(torch.full((7, 3), 1e-3)), Straight(), never, args)[0], 2, 2)[1]
+    assert acts.abs().max() <= 1 and acts.mean().abs() < 0.02 and acts.var() == pytest.approx(1 / 3, abs=0.01)
+    acts = combo.unpack(combo.imagine(torch.randn(50, 2), FixedModel(torch.full((7, 3), 1e-3)), Straight(), never, COMBO)[0], 2, 2)[1]
+    assert acts.abs().max() < 0.05  # of the policy, which stands still
+
+
+# --- buffer ---
+
+
+class Stub:
+    """Stands in for a Run."""
+
+    def __init__(self, state=None):
+        self.state, self.rows = state or {}, []
+
+    def log(self, update, metrics):
+        self.rows.append((update, metrics))
+
+
+def buffer(m, args, monkeypatch, run, rows_of=lambda call: 10):
+    """A ModelBuffer whose rollouts are rows full of their number, 1, 2, ..."""
+    calls = []
+
+    def imagine(starts, dynamics, policy, terminates, args):
+        calls.append(torch.rand(1).item())
+        return torch.full((rows_of(len(calls)), 27), float(len(calls))), {"x": 0}
+
+    monkeypatch.setattr(m, "imagine", imagine)
+    data = Dataset(*(torch.zeros(5, 11), torch.zeros(5, 3), *[torch.zeros(5)] * 5))
+    return m.ModelBuffer(HOPPER, data, m.Dynamics(11, 3, args), args, CPU, run), calls
+
+
+@both
+def test_the_buffer_holds_the_last_rollouts_and_nothing_else(m, args, monkeypatch):
+    policy, run = m.Policy(11, 3, args.hidden), Stub()
+    stored, _ = buffer(m, args, monkeypatch, run, rows_of=lambda call: 10 * call)
+    before = torch.get_rng_state()
+    for i in range(6):
+        stored.add(1_000 * i, policy.state_dict())
+        assert stored.rows[:, 0].unique().tolist() == list(range(max(1, i - 3), i + 2))  # the first is gone with the sixth
+    assert torch.equal(before, torch.get_rng_state())  # the learner's random numbers do not depend on rollouts
+    assert len(stored.rows) == 20 + 30 + 40 + 50 + 60 and [u for u, _ in run.rows] == [0, 1000, 2000, 3000, 4000, 5000]
+    drawn = stored(20_000)[:, 0]
+    for i in range(2, 7):  # every row is as likely as any other
+        assert (drawn == i).float().mean().item() == pytest.approx(i / 20, abs=0.02)
+
+
+@both
+def test_a_checkpoint_gives_the_same_rollouts_again(m, args, monkeypatch):
+    run = Stub()
+    stored, calls = buffer(m, args, monkeypatch, run)
+    for i in range(7):
+        stored.add(1_000 * i, m.Policy(11, 3, args.hidden).state_dict())
+    assert len(set(calls)) == 7  # a seed of its own each
+    again = Stub({"rollout_policies": stored.policies})
+    _, seeds = buffer(m, args, monkeypatch, again)
+    assert seeds == calls[-5:] and not again.rows
+    weights = [p["net.0.weight"] for _, p in stored.policies]
+    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))  # snapshots, not five times the last one
+
+
+def test_batches_of_256_hold_12_and_128_real_rows(monkeypatch, tmp_path):
+    for m, expected in ((mopo, 12), (combo, 128)):
+        seen = []
+
+        def update(self, obs, *rest, seen=seen):
+            seen.append((obs[:, 0] != 7).sum().item())
+            return {}
+
+        learner = m.SAC if m is mopo else m.COMBO
+        monkeypatch.setattr(learner, "update", update)
+        monkeypatch.setattr(m, "fitted_dynamics", lambda data, args, *a: m.Dynamics(11, 3, args))
+        monkeypatch.setattr(m, "imagine", lambda *a: (torch.full((9, 27), 7.0), {}))
+        m.main(m.Args(dataset="bundled", total_updates=3, eval_episodes=0, run_dir=str(tmp_path), num_threads=1))
+        assert seen == [expected] * 3
+
+
+# --- learner ---
+
+
+def batch(n=40):
+    return torch.randn(n, 2), 2 * torch.rand(n, 2) - 1, torch.randn(n), torch.randn(n, 2), (torch.rand(n) < 0.3).float()
+
+
+def constant_q(agent, value, m):
+    """Both Q functions and their targets give `value` everywhere."""
+    for qf in (agent.qf, agent.target_qf):
+        for q in (qf.q1, qf.q2):
+            torch.nn.init.zeros_(q[-1].weight)
+            torch.nn.init.constant_(q[-1].bias, value)
+
+
+def test_sac_target_is_the_soft_value_unless_the_state_was_terminal():
+    agent = mopo.SAC(2, 2, MOPO, CPU)
+    constant_q(agent, 3.0, mopo)
+    obs, act, rew, next_obs, _ = batch()
+    torch.nn.init.zeros_(agent.policy.net[-1].weight)
+    torch.nn.init.constant_(agent.policy.net[-1].bias, 0.0)
+    for ended in (0.0, 1.0):
+        torch.manual_seed(1)
+        loss, metrics = agent.critic_loss(obs, act, rew, next_obs, torch.full((40,), ended), torch.tensor(0.5))
+        torch.manual_seed(1)
+        log_prob = mopo.squash(torch.zeros(40, 2), torch.zeros(40, 2), torch.randn(40, 2))[1]
+        target = rew + 0.99 * (1 - ended) * (3.0 - 0.5 * log_prob)
+        assert loss.item() == pytest.approx(2 * (3.0 - target).square().mean().item(), rel=1e-5)
+        assert metrics["q/target"].item() == pytest.approx(target.mean().item(), rel=1e-5)
+
+
+@both
+def test_temperature_rises_when_entropy_is_below_its_target(m, args):
+    for target, sign in ((50.0, 1), (-50.0, -1)):
+        agent = (mopo.SAC if m is mopo else combo.COMBO)(2, 2, replace(args, target_entropy=target), CPU)
+        agent.update(*batch(), *([0] if m is mopo else [20, 0]))
+        assert math.copysign(1, agent.log_alpha["sac"].item()) == sign
+
+
+@both
+def test_policy_rate_follows_its_cosine(m, args):
+    agent = (mopo.SAC if m is mopo else combo.COMBO)(2, 2, replace(args, policy_lr_decay=100), CPU)
+    for step, rate in ((0, 1.0), (50, 0.5), (100, 0.0), (150, 0.0)):
+        agent.update(*batch(), *([step] if m is mopo else [20, step]))
+        assert agent.policy_opt.param_groups[0]["lr"] == pytest.approx(rate * 1e-3)
+    before = [p.clone() for p in agent.policy.parameters()]
+    agent.update(*batch(), *([150] if m is mopo else [20, 150]))
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.policy.parameters(), strict=True))
+
+
+# --- conservative term (spec 2.3, 7d) ---
+
+
+def test_soft_maximum_of_a_constant_is_the_volume_of_the_box():
+    q, density = torch.full((2, 5, 12), 7.0), torch.full((5, 12), 3 * math.log(0.5))
+    assert combo.soft_maximum(q, density)[0].tolist() == pytest.approx([7 + 3 * math.log(2) + math.log(12)] * 5)
+    with pytest.raises(AssertionError):
+        combo.soft_maximum(q.view(2, 20, 3), density)  # 3 terms where 3N belong
+
+
+@pytest.mark.parametrize("where, rows", [("mix", 40), ("model", 30)])
+def test_every_state_of_rho_is_pushed_down_with_3n_actions(monkeypatch, where, rows):
+    agent, shapes = combo.COMBO(2, 2, replace(COMBO, rho_states=where), CPU), []
+    plain = combo.soft_maximum
+
+    def spy(q, density, temperature):
+        shapes.append((q.shape, density.shape))
+        return plain(q, density, temperature)
+
+    monkeypatch.setattr(combo, "soft_maximum", spy)
+    agent.critic_loss(*batch(), 10)
+    assert shapes == [((2, rows, 9), (rows, 9))]
+    agent.critic_loss(*batch(), 40)  # no imagined rows at all: the states that there are
+    assert shapes[1] == ((2, 40, 9), (40, 9))
+
+
+def conservative(agent, args, rows, num_real):
+    """The conservative term alone, both Q functions: the loss less that without it, on the same random numbers."""
+    losses = []
+    for beta in (args.beta, 0.0):
+        agent.args = replace(args, beta=beta)
+        torch.manual_seed(2)
+        losses.append(agent.critic_loss(*rows, num_real)[0])
+    agent.args = args
+    return losses[0] - losses[1]
+
+
+def test_only_real_rows_are_pushed_up_each_by_beta_over_their_number(monkeypatch):
+    agent, rows, seen = combo.COMBO(2, 2, COMBO, CPU), batch(), []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, qf):
+            super().__init__()
+            self.qf = qf
+
+        def forward(self, obs, act):
+            q = self.qf(obs, act)
+            if q.requires_grad:
+                q.retain_grad()
+                seen.append(q)
+            return q
+
+    agent.qf = Spy(agent.qf)
+    conservative(agent, COMBO, rows, 10).backward()
+    on_rows = seen[0].grad + seen[2].grad  # TD gradients of the two losses cancel
+    expected = torch.zeros(2, 40)
+    expected[:, :10] = -3.0 / 10
+    torch.testing.assert_close(on_rows, expected, atol=1e-6, rtol=0)
+    down = seen[1].grad  # (2, B, 3N): a softmax for every state, so its gradient sums to beta
+    assert (down >= 0).all() and down.sum((1, 2)).tolist() == pytest.approx([3.0, 3.0], rel=1e-4)
+
+
+def test_a_step_on_the_term_alone_lowers_q_off_the_data_and_raises_it_on_the_data():
+    agent, rows = combo.COMBO(2, 2, COMBO, CPU), batch()
+    opt = torch.optim.SGD(agent.qf.parameters(), lr=1e-2)
+    anywhere = 2 * torch.rand(40, 2) - 1
+    before = agent.qf(rows[0], rows[1])[:, :10].mean().item() - agent.qf(rows[0], anywhere).mean().item()
+    for _ in range(20):
+        opt.zero_grad()
+        conservative(agent, COMBO, rows, 10).backward()
+        opt.step()
+    assert agent.qf(rows[0], rows[1])[:, :10].mean().item() - agent.qf(rows[0], anywhere).mean().item() > before + 0.05
+
+
+def test_without_beta_it_is_sac_on_the_mix_without_entropy_in_the_backup():
+    agent = combo.COMBO(2, 2, replace(COMBO, beta=0.0), CPU)
+    constant_q(agent, 3.0, combo)
+    obs, act, rew, next_obs, terminated = batch()
+    loss, _ = agent.critic_loss(obs, act, rew, next_obs, terminated, 10)
+    target = rew + 0.99 * (1 - terminated) * 3.0
+    assert loss.item() == pytest.approx(2 * (3.0 - target).square().mean().item(), rel=1e-5)
+
+
+def test_without_model_rows_the_critic_loss_is_that_of_cql(monkeypatch):
+    cql = importlib.import_module("romi_cql")
+    other = cql.CQL(2, 2, replace(cql.Args(), hidden=(16,), cql_samples=3, cql_alpha=3.0), CPU)
+    mine = combo.COMBO(2, 2, COMBO, CPU)
+    for name in ("policy", "qf", "target_qf"):
+        getattr(mine, name).load_state_dict(getattr(other, name).state_dict())
+    noise = {}  # the two draw in another order: give every call of one shape the same numbers
+    zeros = lambda *size, device=None: noise.setdefault(size, torch.zeros(*size))  # noqa: E731
+    rows = batch()
+    monkeypatch.setattr(torch, "randn", zeros)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(torch, "rand", lambda *size, device=None: torch.linspace(0, 1, math.prod(size)).view(size))
+    td_loss, penalty, _ = other.critic_loss(*rows)
+    loss, metrics = mine.critic_loss(*rows, 40)
+    assert loss.item() == pytest.approx((td_loss + 3.0 * penalty).item(), rel=1e-5)
+    assert metrics["losses/conservative"].item() == pytest.approx(penalty.item(), rel=1e-5)
+
+
+# --- model error ---
+
+
+@both
+def test_model_error_is_measured_along_real_episodes(m, args):
+    """Real states grow by 1 a step in dimension 0; the model says 0.9: errors 0.1 and 0.4 there, over two dimensions."""
+    episodes = [torch.stack([torch.arange(9.0), torch.zeros(9)], 1).numpy(), torch.zeros(3, 2).numpy()]
+    model = FixedModel(torch.full((7, 3), 1e-3), step=0.9)
+    act = lambda obs: torch.zeros(len(obs), 2)  # noqa: E731
+    errors = m.model_error(model, act, episodes[:1], 4)
+    assert errors["model/true_error_1"].item() == pytest.approx(0.1 / 2**0.5, rel=1e-4)
+    assert errors["model/true_error_4"].item() == pytest.approx(0.4 / 2**0.5, rel=1e-4)
+    assert m.model_error(model, act, episodes[:1], 1).keys() == {"model/true_error_1"}
+    assert "model/true_error_4" not in m.model_error(model, act, episodes[1:], 4)  # too short
+
+
+@both
+def test_model_error_follows_the_actions_of_the_episode(m, args):
+    """The true system and the model both add the action: no error, unless actions and states get out of step."""
+
+    class Adds(FixedModel):
+        def __call__(self, x, members=None):
+            mean = torch.zeros(len(x), x.shape[1], 3)
+            mean[..., 1:] = x[..., 2:]
+            return mean, mean
+
+    states = [torch.randn(2)]
+    act = lambda obs: torch.stack([obs[:, 1].sin(), obs[:, 0].cos()], 1)  # noqa: E731
+    for _ in range(10):
+        states.append(states[-1] + act(states[-1][None])[0])
+    errors = m.model_error(Adds(torch.ones(7, 3)), act, [torch.stack(states).numpy()], 3)
+    assert errors["model/true_error_1"] < 1e-6 and errors["model/true_error_3"] < 1e-6
+
+
+# --- settings ---
+
+
+def test_settings_come_from_preset_and_task():
+    def resolved(m, *flags):
+        args = tyro.cli(m.Args, args=flags)
+        return m.resolve(args, parse_task(args.env))
+
+    a = resolved(mopo)
+    assert (a.horizon, a.penalty_coef, a.policy_lr, a.policy_lr_decay, a.total_updates) == (5, 2.5, 1e-4, 3_000_000, 3_000_000)
+    assert a.target_entropy is None and a.exp_name == "mopo"
+    a = resolved(mopo, "--preset", "v0", "--env", "halfcheetah-medium-expert")
+    assert (a.horizon, a.penalty_coef, a.policy_lr, a.policy_lr_decay, a.total_updates) == (5, 5.0, 3e-4, 0, 1_000_000)
+    assert a.target_entropy == -3
+    assert resolved(mopo, "--penalty-coef", "0").exp_name == "mbpo" and resolved(mopo, "--model-ratio", "0").exp_name == "sac"
+    assert resolved(mopo, "--total-updates", "7").policy_lr_decay == 7
+    a = resolved(combo, "--env", "hopper-medium")
+    assert (a.horizon, a.beta, a.rollout_policy, a.rho_states, a.model_ratio) == (5, 5.0, "policy", "mix", 0.5)
+    a = resolved(combo, "--preset", "v0", "--env", "walker2d-medium-expert")
+    assert (a.horizon, a.beta, a.model_ratio, a.qf_lr, a.policy_lr) == (1, 5.0, 0.2, 1e-4, 1e-5)
+    a = resolved(combo, "--preset", "v0", "--env", "hopper-medium-replay")
+    assert (a.beta, a.rollout_policy, a.rho_states) == (1.0, "uniform", "model")
+    with pytest.raises(UserError, match="not one real row"):
+        resolved(combo, "--model-ratio", "1")
+
+
+@both
+def test_forward_model_is_fitted_on_rows_with_a_successor(m, args, monkeypatch, tmp_path):
+    obs, act, rew, next_obs = toy(100)
+    has_next = torch.arange(100) % 10 != 9
+    next_obs[~has_next] = 1e6
+    data, seen = Dataset(obs, act, rew, next_obs, (~has_next).float(), has_next, torch.arange(100) // 10), []
+
+    class Stored(Stub):
+        def save(self, phase, step, **parts):
+            self.state |= parts | {"phase": phase}
+
+    monkeypatch.setattr(m, "train_dynamics", lambda dynamics, cond, act, rew, pred, args, run: seen.extend((cond, pred)))
+    run = Stored()
+    m.fitted_dynamics(data, args, CPU, run, {"key": 1}, None)
+    assert torch.equal(seen[0], obs[has_next]) and torch.equal(seen[1], next_obs[has_next])  # forwards
+    assert run.state["phase"] == "policy" and json.dumps(run.state["model_key"]) == '{"key": 1}'
