@@ -42,8 +42,8 @@ class Speed:
 def cases(args):
     """name -> (function to time, how many units one call makes, unit, known time of another code in ms, our target in ms).
 
-    Known times: two idle cores of an AMD EPYC at 180 GFLOP/s in float32; CORL's CQL and OfflineRL-Kit's dynamics step at
-    hopper's sizes, the ROMI authors' BCQ at maze2d's. Random data of these shapes; speed does not depend on the values.
+    Known times: two idle cores of an AMD EPYC at 180 GFLOP/s in float32; CORL's CQL and OfflineRL-Kit's dynamics step, SAC and
+    COMBO at hopper's sizes, the ROMI authors' BCQ at maze2d's. Random data of these shapes; speed does not depend on the values.
     """
     device, O, A = torch.device(args.device), 11, 3
     romi_cql = importlib.import_module("romi_cql")
@@ -73,11 +73,11 @@ def cases(args):
 
     yield "dynamics step", dynamics_step, 1, "step", 15.7, 8.7
     starts, policy = torch.randn(10_000, O, device=device), romi_cql.UniformPolicy(O, A, base)
+    never = lambda obs, act, next_obs: torch.zeros(len(obs), dtype=torch.bool, device=device)  # noqa: E731
     everything = romi_cql.Sampler(len(starts), None, device)
     small = replace(base, horizon=5, model_buffer_size=200_000)
 
     def imagine():  # 1/20 of a run's 4 000 000 rows
-        never = lambda obs, act, next_obs: torch.zeros(len(obs), dtype=torch.bool, device=device)  # noqa: E731
         romi_cql.imagine(starts, dynamics, policy, never, everything, (0.0, 1.0), small)
 
     yield "imagination of 4 000 000 rows", imagine, 1 / 20, "run", None, 40_000
@@ -89,6 +89,16 @@ def cases(args):
         return romi_cql.unpack(torch.cat([data[sampler(230)], rest]), O, A)
 
     yield "sampling a batch", sample, 1, "batch", None, 0.02 * 46
+    mopo, combo = (importlib.import_module(name) for name in ("mopo", "combo"))
+    task = importlib.import_module("utils").parse_task("hopper-medium-replay")
+    args_of = {m: m.resolve(m.Args(compile=args.compile), task) for m in (mopo, combo)}
+    agent = mopo.SAC(O, A, args_of[mopo], device)
+    yield "mopo update", lambda agent=agent: agent.update(*rows, 0), 1, "update", 8.1, 4.5
+    for bf16 in (False, True):
+        agent = combo.COMBO(O, A, replace(args_of[combo], bf16=bf16), device)
+        yield f"combo update{', bf16' * bf16}", lambda agent=agent: agent.update(*rows, 128, 0), 1, "update", 270, 67
+    actor = mopo.Policy(O, A, args_of[mopo].hidden).to(device)
+    yield "mopo rollout of 250 000 rows", lambda: mopo.imagine(starts, dynamics, actor, never, args_of[mopo]), 1, "rollout", None, 2_000
 
 
 def timed(fn, device, at_least=0.25):

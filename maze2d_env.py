@@ -164,6 +164,23 @@ def draw_trajectories(maze, trajectories, path):
     view_trajectories(maze, trajectories).save(path, "PNG")
 
 
+def view_states(maze, groups, scale=60):
+    """Top views side by side, one per entry of `groups`, name -> states (N, 4), each with its name and a dot per state."""
+    from PIL import Image
+
+    views = []
+    for (name, states), colour in zip(groups.items(), ("blue", "dimgray", "red"), strict=False):
+        image, draw, place = top_view(maze, scale)
+        for x, y in map(place, states):
+            draw.ellipse([x - 1, y - 1, x + 1, y + 1], colour)
+        draw.text((4, 4), name, "white")
+        views.append(image)
+    wide = Image.new("RGB", (sum(view.width for view in views), views[0].height))
+    for i, view in enumerate(views):
+        wide.paste(view, (i * view.width, 0))
+    return wide
+
+
 def wall_distance(maze, begin, end):
     """Distance in m from the ball's centre to the nearest wall, the least on the straight way between observed positions
     begin and end, (C, 2) each: (C,). 0 where the way enters a wall or leaves the maze; a ball touches a wall below its radius, 0.1.

@@ -1,7 +1,7 @@
 """Data loading and evaluation, shared by every script in `algorithms/`. Nothing here is something a paper has an opinion about.
 
   parse_task         task name -> Task (reference scores, environment, official file)
-  load_dataset       task and --dataset -> Dataset (transitions as float32 tensors)
+  load_dataset       task and --dataset -> Dataset (transitions as float32 tensors); load_expert: the same for demonstrations
   make_env           task -> Gymnasium environment, evaluate: policy -> returns, normalized_score: returns -> 0..100
 
 Whatever a user can get wrong raises UserError, which the scripts print as one line `error: ...` before they exit with status 2.
@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -19,7 +20,8 @@ import sys
 import urllib.error
 import urllib.request
 import warnings
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import gymnasium
@@ -65,6 +67,7 @@ REFERENCE = {
 }
 WIDTHS = {"halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "ant": (27, 8), "maze2d": (4, 2), "antmaze": (29, 8)}
 MAX_STEPS = {"maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}  # 1000 elsewhere
+RELABELLED = {"jump": "halfcheetah", "angle": "ant"}  # tasks that ask for something else than the agent did who made the data
 # Bytes and the first 16 digits of the sha256 of the official files, where known (tensorflow/datasets, checksums.tsv).
 CHECKSUMS = {
     "halfcheetah_random-v2": (237338037, "25407aef85b5d16c"),
@@ -106,8 +109,10 @@ class Task:
     reference: tuple[float, float] | None
     """return of a random and of an expert policy"""
     max_steps: int = 1000
+    sources: tuple[str, ...] = ()
+    """what --dataset auto tries, in this order; () for a Minari data set"""
     file: str = ""
-    """path of the official file below the server's folder; '' for a Minari data set"""
+    """path of the official file below the server's folder"""
     env_spec: str = ""
     """evaluation environment of a Minari data set, as JSON"""
 
@@ -121,7 +126,8 @@ def _d4rl_tasks():
 
     def add(name, version, domain, kind, reference, file):
         family = "-".join(name.split("-")[:2])
-        tasks[f"{name}-{version}"] = Task(f"{name}-{version}", domain, kind, reference, MAX_STEPS.get(family, 1000), file)
+        sources = ("d4rl", "bundled", "generated") if file else ("generated",)
+        tasks[f"{name}-{version}"] = Task(f"{name}-{version}", domain, kind, reference, MAX_STEPS.get(family, 1000), sources, file)
 
     for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
         for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
@@ -142,6 +148,8 @@ def _d4rl_tasks():
         stem = f"Ant_maze_{maze}_noisy_multistart_{start}_multigoal_{goal}_sparse"
         add(f"antmaze-{kind}", "v0", "antmaze", kind, REFERENCE["antmaze"], f"ant_maze_new/{stem}.hdf5")
         add(f"antmaze-{kind}", "v2", "antmaze", kind, REFERENCE["antmaze"], f"ant_maze_v2/{stem}_fixed.hdf5")
+    for kind, robot in RELABELLED.items():  # MOPO's tasks, which have no official data
+        add(f"{robot}-{kind}", "v1", robot, kind, None, "")
     return tasks
 
 
@@ -189,6 +197,8 @@ class Dataset:
     """d4rl, bundled, generated, minari or file"""
     sha256: str = ""
     path: str = ""
+    more_facts: dict = field(default_factory=dict)
+    """what facts() says beside its own, such as the demonstrations used with this data"""
 
     def __len__(self):
         return len(self.rew)
@@ -200,7 +210,7 @@ class Dataset:
 
     def facts(self):
         """What config.json and result.json say about the data."""
-        return {"id": self.id, "source": self.source, "sha256": self.sha256, "transitions": len(self)}
+        return {"id": self.id, "source": self.source, "sha256": self.sha256, "transitions": len(self)} | self.more_facts
 
 
 def file_sha256(path):
@@ -232,9 +242,40 @@ def load_dataset(task, source="auto", check_widths=True):
     return data
 
 
+def load_expert(task, source, trajectories, data):
+    """Dataset of demonstrations to go with `data`, whose facts then name them: the first `trajectories` that `source` has.
+
+    auto takes the data set of the robot's expert, wherever load_dataset finds it, or on a maze the planner's episodes to the
+    task's goal, made on first use. The path may also be that of an .npz file with the arrays of D4RL's layout.
+    """
+    try:
+        if task.domain == "maze2d" and source in ("auto", "generated"):
+            path = GENERATED / f"maze2d_{task.kind.replace('-', '_')}_expert.hdf5"
+            if not path.exists():
+                _generate_maze2d(task, path, "--expert")
+            expert = replace(load_dataset(task, str(path)), source="generated")
+        elif source not in ("auto", "d4rl", "bundled", "generated"):
+            expert = load_dataset(task, source)
+        elif f"{task.domain}-expert-v2" in TASKS and task.file:
+            expert = load_dataset(TASKS[f"{task.domain}-expert-v2"], source)
+        else:
+            raise UserError(f"--dataset {source}: there are no demonstrations for {task.id}; give a Minari id or the path of a file")
+    except UserError as e:
+        raise UserError(str(e).replace("--dataset", "--expert-dataset"), e.status) from None
+    for name, have, want in zip(("observations", "actions"), (expert.obs, expert.act), (data.obs, data.act), strict=True):
+        if have.shape[1] != want.shape[1]:
+            raise UserError(f"{expert.path}: {name} of the expert have {have.shape[1]} entries, those of {data.path} {want.shape[1]}")
+    if (have := int(expert.trajectory[-1]) + 1) < trajectories:
+        raise UserError(f"--expert-trajectories {trajectories}: {expert.path} has {have}")
+    rows, columns = expert.trajectory < trajectories, [f.name for f in fields(expert) if isinstance(getattr(expert, f.name), torch.Tensor)]
+    expert = replace(expert, **{name: getattr(expert, name)[rows] for name in columns})
+    data.more_facts = {"expert": expert.facts() | {"trajectories": trajectories}}
+    return expert
+
+
 def _find(task, source):
     """(kind, path or Minari id) of the data set; `auto` tells which it took."""
-    if not task.file and source == "auto":
+    if not task.sources and source == "auto":
         return "minari", task.id
     local = {"bundled": BUNDLED, "generated": GENERATED}
     name = task.id.rsplit("-v", 1)[0]
@@ -249,8 +290,11 @@ def _find(task, source):
     if task.domain == "antmaze":
         how["generated"] = "no script makes this data set"
     if source in ("auto", *how):
-        if not task.file:
+        if not task.sources:
             raise UserError(f"--dataset {source}: {task.id} is a Minari data set; use --dataset auto")
+        how = {k: v for k, v in how.items() if k in task.sources}
+        if source != "auto" and source not in how:
+            raise UserError(f"--dataset {source}: {task.id} exists as {', '.join(how)} data only; {how['generated']}")
         why = []
         for kind in how if source == "auto" else (source,):
             if kind == "d4rl":
@@ -280,10 +324,10 @@ def _find(task, source):
     raise UserError(f"--dataset {source}: neither a file, nor a Minari id, nor one of auto, {', '.join(how)}")
 
 
-def _generate_maze2d(task, path):
+def _generate_maze2d(task, path, *flags):
     """Seconds per million steps: cheap enough to make on first use."""
     print(f"data: making {path.name} with datasets/maze2d.py", file=sys.stderr)
-    command = [sys.executable, ROOT / "datasets" / "maze2d.py", "--maze", task.kind.split("-")[0], "--out", path.parent]
+    command = [sys.executable, ROOT / "datasets" / "maze2d.py", "--maze", task.kind.split("-")[0], "--out", path.parent, *flags]
     if subprocess.run(command).returncode:
         raise UserError(f"datasets/maze2d.py could not make {path}")
 
@@ -313,12 +357,25 @@ def download(url, path, size=None, sha256=None, timeout=10):
             part.unlink()
 
 
+def _npz_as_hdf5(path):
+    """The arrays of an .npz file as an HDF5 file in memory."""
+    try:
+        with np.load(path) as arrays:
+            f = h5py.File(io.BytesIO(), "w")
+            for name in arrays.files:
+                f[name] = arrays[name]
+            return f
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        raise OSError(e) from None
+
+
 def _read_hdf5(path, task):
     bad = f"{path}: "
     try:
-        f = h5py.File(path, "r")
+        f = _npz_as_hdf5(path) if path.suffix == ".npz" else h5py.File(path, "r")
     except OSError as e:
-        raise UserError(f"{bad}cannot be read as HDF5 ({str(e)[:80]}); is the file complete?") from None
+        kind = "npz" if path.suffix == ".npz" else "HDF5"
+        raise UserError(f"{bad}cannot be read as {kind} ({str(e)[:80]}); is the file complete?") from None
     with f:
 
         def read(key, dtype, ndim, required=True):
@@ -505,7 +562,7 @@ def make_env(task):
     robots = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date.*")
-        if not isinstance(task, str) and not task.file and not (task.id.startswith("rewind/") and domain in robots):
+        if not isinstance(task, str) and not task.sources and not (task.id.startswith("rewind/") and domain in robots):
             return _minari_env(task)  # our own Minari data sets cannot store the corrected margins
         if domain == "maze2d":
             import maze2d_env  # noqa: F401 - registers the mazes
@@ -517,7 +574,34 @@ def make_env(task):
     version = tuple(int(n) for n in mujoco.__version__.split(".")[:2])
     if domain in ("hopper", "ant") and version >= (3, 5):
         env.unwrapped.model.geom_margin[:] *= 0.5
-    return env
+    return Relabelled(env, task.kind) if not isinstance(task, str) and task.kind in RELABELLED else env
+
+
+def relabelled_reward(kind, act, next_obs):
+    """Reward of the tasks that MOPO made from the data of an agent running forward; act (..., A), next_obs (..., O) -> (...).
+
+    jump (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2: run, no faster than 3 m/s, and jump (z: height above the start)
+    angle (ant)         1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
+
+    Velocities in m/s and heights in m are those of the state after the step. The slides name the tasks and give returns; cap,
+    factor of the height, costs and the use of momentary velocities are ours (the paper's appendix was not at hand).
+    """
+    cost = (act**2).sum(-1)
+    if kind == "jump":
+        return next_obs[..., 8].clip(max=3) + 15 * next_obs[..., 0] - 0.1 * cost
+    return 1 + np.cos(np.pi / 6) * next_obs[..., 13] + np.sin(np.pi / 6) * next_obs[..., 14] - 0.5 * cost
+
+
+class Relabelled(gymnasium.Wrapper):
+    """The robot with the reward of another task."""
+
+    def __init__(self, env, kind):
+        super().__init__(env)
+        self.kind = kind
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = self.env.step(action)
+        return obs, float(relabelled_reward(self.kind, np.asarray(action), obs)), terminated, truncated, info
 
 
 def _minari_env(task):

@@ -129,7 +129,9 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 5.0),  # 1 in the paper's table
         "hopper-medium-expert": (5, 1.0),
         "walker2d-medium-expert": (1, 2.0),
-        "": (1, 1.0),  # ours: any other task
+        "halfcheetah-jump": (5, 1.0),  # ours, as are those of any other task
+        "ant-angle": (5, 1.0),
+        "": (1, 1.0),
     },
     "v2": {
         "halfcheetah-random": (5, 0.5),  # random: as v0, which OfflineRL-Kit does not list
@@ -144,7 +146,9 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 2.5),
         "hopper-medium-expert": (5, 5.0),
         "walker2d-medium-expert": (1, 2.5),
-        "": (1, 1.0),  # ours: any other task
+        "halfcheetah-jump": (5, 1.0),  # ours, as are those of any other task
+        "ant-angle": (5, 1.0),
+        "": (1, 1.0),
     },
 }
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.

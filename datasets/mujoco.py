@@ -7,6 +7,7 @@ Paper: Haarnoja et al. 2018, arXiv:1812.05905 (SAC with learnt temperature).  Re
   medium-replay   everything the SAC run saw until its policy was "medium"
   expert          the policy at the end of the SAC run, actions sampled
   medium-expert   medium, then expert
+  jump, angle     everything the SAC run saw (halfcheetah, ant), with the reward of MOPO's tasks (utils.relabelled_reward)
 
     python datasets/mujoco.py --env hopper --kinds medium-replay                 # about half an hour on 2 cores
     python datasets/mujoco.py --env halfcheetah                                  # all five; a night
@@ -49,9 +50,9 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from utils import GENERATED, REFERENCE, UserError, evaluate, file_sha256, make_env
+from utils import GENERATED, REFERENCE, RELABELLED, UserError, evaluate, file_sha256, make_env, relabelled_reward
 
-Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert"]
+Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert", "jump", "angle"]
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Args:
 
     # --- SAC ---
     total_steps: int = 1_000_000
-    """environment steps; reached only when an expert is asked for"""
+    """environment steps; reached only when expert, jump or angle is asked for"""
     updates_per_step: float = 1.0
     """gradient updates per environment step; below 1 the policy becomes medium later and the replay is larger"""
     random_steps: int = 5_000
@@ -283,7 +284,7 @@ def write(path, data, meta, args):
             f.attrs[k] = meta[k]
     os.replace(part, path)
     meta["bytes"], meta["sha256"] = path.stat().st_size, file_sha256(path)
-    if args.minari:
+    if args.minari and meta["kind"] not in RELABELLED:  # whose environment is a wrapper of ours, which Minari cannot store
         write_minari(f"rewind/{args.env}/{meta['kind']}-v0", data, meta, args)
     part.write_text(json.dumps(meta, indent=1) + "\n")
     os.replace(part, path.with_suffix(".json"))  # last and whole, because its presence means "done"
@@ -348,8 +349,8 @@ class Run:
 
 
 def train(args, folder):
-    """SAC until its policy is medium, or to the end if an expert is asked for. Returns agent, run, replay, medium policy."""
-    want_expert = bool({"expert", "medium-expert"} & set(args.kinds))
+    """SAC until its policy is medium, or to the end if what is asked for needs it. Returns agent, run, replay, medium policy."""
+    to_the_end = bool({"expert", "medium-expert", *RELABELLED} & set(args.kinds))
     env, eval_envs = make_env(args.env), [make_env(args.env) for _ in range(args.eval_episodes)]
     o, a = env.observation_space.shape[0], env.action_space.shape[0]
     agent, run, medium_policy = SAC(o, a, args), Run(), None
@@ -390,7 +391,7 @@ def train(args, folder):
     low, high = REFERENCE[args.env]
     bar = tqdm(total=args.total_steps, initial=run.step, desc=f"SAC {args.env} seed {args.seed}", unit="step", mininterval=1)
     # Evaluations and checkpoints happen between episodes: no simulator state has to be saved, and the replay is whole episodes.
-    while run.step < args.total_steps and (want_expert or not run.medium_at):
+    while run.step < args.total_steps and (to_the_end or not run.medium_at):
         run.episode += 1
         obs, _ = env.reset(seed=args.seed * 1_000_000 + run.episode)
         ended, episode_return, data = False, 0.0, env.unwrapped.data
@@ -438,6 +439,8 @@ def train(args, folder):
 def main(args):
     if not args.kinds or args.updates_per_step <= 0 or args.steps < 1 or args.total_steps <= args.random_steps:
         raise UserError("--kinds, --updates-per-step, --steps and --total-steps must leave something to do")
+    if wrong := [f"{kind} is a task of {RELABELLED[kind]}" for kind in args.kinds if RELABELLED.get(kind, args.env) != args.env]:
+        raise UserError(f"--kinds: {', '.join(wrong)}, not of {args.env}")
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
@@ -469,7 +472,7 @@ def main(args):
         return act
 
     made = {}
-    for kind in sorted(todo, key=("random", "medium-replay", "medium", "expert", "medium-expert").index):
+    for kind in sorted(todo, key=("random", "medium-replay", "jump", "angle", "medium", "expert", "medium-expert").index):
         torch.manual_seed(args.seed + 1)  # so that a data set does not depend on which others were asked for
         rng, act_dim = np.random.default_rng(args.seed + 1), make_env(args.env).action_space.shape[0]
         meta = {"kind": kind, "seed": args.seed}
@@ -480,13 +483,17 @@ def main(args):
         if kind == "random":
             data = collect(args.env, lambda obs: rng.uniform(-1, 1, (len(obs), act_dim)).astype(np.float32), args.steps, seed0, kind)
             meta["recipe"] = "uniform actions"
-        elif kind == "medium-replay":
-            n = run.medium_at
+        elif kind in ("medium-replay", *RELABELLED):
+            n = run.medium_at if kind == "medium-replay" else run.step
             data = {k: x[:n].astype(bool) if x.ndim == 1 and k != "rewards" else x[:n] for k, x in zip(Recorder.KEYS, replay, strict=True)}
+            ret = run.medium_return if kind == "medium-replay" else run.evals[-1][1]
             meta["recipe"] = (
                 f"replay buffer of SAC ({args.updates_per_step:g} updates per environment step, {args.random_steps} uniform steps first) "
-                f"up to step {n}, where the deterministic policy's evaluation return was {run.medium_return:.1f}"
+                f"up to step {n}, where the deterministic policy's evaluation return was {ret:.1f}"
             )
+            if kind in RELABELLED:
+                data["rewards"] = relabelled_reward(kind, data["actions"], data["next_observations"]).astype(np.float32)
+                meta["recipe"] += "; rewards relabelled afterwards (utils.relabelled_reward)"
         elif kind in ("medium", "expert"):
             data = collect(args.env, sampled(medium if kind == "medium" else agent.policy.state_dict()), args.steps, seed0, kind)
             at = run.medium_at if kind == "medium" else run.step

@@ -327,6 +327,37 @@ def test_run_that_never_is_medium_says_so(collector, tmp_path):
     assert not list(tmp_path.glob("*.hdf5")) and not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.parametrize("robot, kind", [("halfcheetah", "jump"), ("ant", "angle")])
+def test_relabelled_replay_has_the_reward_of_its_environment(collector, tmp_path, robot, kind):
+    """One step of the task's environment from a recorded state pays what the file says for the recorded action."""
+    run(collector, env=robot, kinds=(kind,), out=tmp_path, medium_band=(8, 9), total_steps=1200, random_steps=1100, minari=True)
+    task, file = parse_task(f"{robot}-{kind}"), tmp_path / f"{robot}_{kind}.hdf5"
+    data, sheet = load_dataset(task, str(file)), json.loads(file.with_suffix(".json").read_text())
+    with h5py.File(file) as f:
+        rows = {k: f[k][:] for k in ("actions", "rewards", "infos/qpos", "infos/qvel")}
+    assert len(data) == sheet["transitions"] >= 1200 and "relabelled" in sheet["recipe"]
+    assert task.reference is None and utils.normalized_score(task, 1.0) is None
+    env = utils.make_env(task)
+    env.reset(seed=0)
+    for i in range(0, 1000, 97):
+        env.unwrapped.set_state(rows["infos/qpos"][i].astype(float), rows["infos/qvel"][i].astype(float))
+        obs, rew, *_ = env.step(rows["actions"][i])
+        assert rew == pytest.approx(rows["rewards"][i].item(), abs=0.05)  # states are recorded in float32
+        assert rew == pytest.approx(utils.relabelled_reward(kind, rows["actions"][i], obs))
+    with pytest.raises(UserError, match="not of hopper"):
+        run(collector, kinds=(kind,), out=tmp_path)
+
+
+def test_rewards_of_the_relabelled_tasks_by_hand():
+    act, cheetah, ant = np.full(6, 0.5), np.zeros(17), np.zeros(27)
+    cheetah[0], cheetah[8] = 0.2, 5.0  # height, speed: 3 + 3 - 0.1 * 1.5
+    assert utils.relabelled_reward("jump", act, cheetah) == pytest.approx(5.85)
+    cheetah[8] = -1.0
+    assert utils.relabelled_reward("jump", act, cheetah) == pytest.approx(1.85)
+    ant[13], ant[14] = 2.0, 4.0  # 1 + 2 cos 30 + 4 sin 30 - 0.5 * 2
+    assert utils.relabelled_reward("angle", np.full(8, 0.5), ant) == pytest.approx(2 + 3**0.5)
+
+
 # --- the bundled file ---
 
 
