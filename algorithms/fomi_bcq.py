@@ -181,7 +181,8 @@ class Run:
         modules = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)} | {"python": platform.python_version()}
         git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         config = {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device), "versions": modules}
-        self.config = json.loads(json.dumps(config)) | {"git_commit": git if len(git) == 40 else None, "wandb_id": uuid.uuid4().hex[:8]}
+        config |= {"command": [Path(__file__).name, *sys.argv[1:]], "git_commit": git if len(git) == 40 else None}
+        self.config = json.loads(json.dumps(config)) | {"wandb_id": uuid.uuid4().hex[:8]}
         self.state, self.evals, self.elapsed, self.wandb, self.finished = {}, [], 0.0, None, False
         result = self.folder / "result.json"
         if (self.folder / "config.json").exists():
@@ -287,7 +288,7 @@ class Run:
         result |= {"normalized_score": last["normalized_score"], "normalized_score_last_10": sum(tail) / len(tail) if tail else None}
         result |= {"return_mean": last["return"], "return_std": last["return_std"], "eval_episodes": self.args.eval_episodes}
         result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
-        result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit")}
+        result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
         self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
         score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
