@@ -65,6 +65,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
+    bf16: bool = False  # bfloat16 for the spread of all members, the bulk of a rollout; the rest stays float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -605,8 +606,9 @@ def imagine(starts, dynamics, policy, terminates, args):
         mean, log_std = policy(obs)
         act, _ = squash(mean, log_std, torch.randn_like(mean))  # l. 7
         next_obs, rew = dynamics.sample(obs, act)  # l. 8: a member of its own for every row
-        chunks = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in dynamics.inputs(obs, act).split(2_000)]  # caches are small
-        penalty = torch.cat([penalty_of(args.penalty, *chunk) for chunk in chunks])
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
+            chunks = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in dynamics.inputs(obs, act).split(1_000)]  # caches are small
+        penalty = torch.cat([penalty_of(args.penalty, mean.float(), logvar.float()) for mean, logvar in chunks])
         terminated = terminates(obs, act, next_obs)
         rows.append(pack(obs, act, rew - args.penalty_coef * penalty, next_obs, terminated))  # l. 9, 10
         penalties.append(penalty)

@@ -452,3 +452,17 @@ def test_forward_model_is_fitted_on_rows_with_a_successor(m, args, monkeypatch, 
     m.fitted_dynamics(data, args, CPU, run, {"key": 1}, None)
     assert torch.equal(seen[0], obs[has_next]) and torch.equal(seen[1], next_obs[has_next])  # forwards
     assert run.state["phase"] == "policy" and json.dumps(run.state["model_key"]) == '{"key": 1}'
+
+
+def test_bfloat16_changes_the_penalty_by_its_rounding_only():
+    starts, model = torch.randn(50, 2), mopo.Dynamics(2, 2, MOPO)
+    for p in model.weight:
+        torch.nn.init.normal_(p, std=0.3)
+    outcomes = []
+    for bf16 in (False, True):
+        torch.manual_seed(1)
+        outcomes.append(mopo.imagine(starts, model, Straight(), never, replace(MOPO, bf16=bf16)))
+    (a, x), (b, y) = outcomes
+    changed = (mopo.unpack(a, 2, 2)[2] - mopo.unpack(b, 2, 2)[2]).abs()
+    assert torch.equal(a[:, :4], b[:, :4]) and 0 < changed.max() < 0.05 * 2 * x["model/penalty_max"]
+    assert y["model/penalty_mean"].item() == pytest.approx(x["model/penalty_mean"].item(), rel=0.02)
