@@ -580,15 +580,17 @@ def make_env(task):
 def relabelled_reward(kind, act, next_obs):
     """Reward of the tasks that MOPO made from the data of an agent running forward; act (..., A), next_obs (..., O) -> (...).
 
-    jump (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2: run, no faster than 3 m/s, and jump (z: height above the start)
-    angle (ant)         1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
+    run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, which the agent was trained on who made the data of jump
+    jump  (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2 (z: height above the nominal pose)
+    angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
 
-    Velocities in m/s and heights in m are those of the state after the step. The slides name the tasks and give returns; cap,
-    factor of the height, costs and the use of momentary velocities are ours (the paper's appendix was not at hand).
+    Speed limit, factor and costs: gwthomas/force, env/mujoco (the repository of one of MOPO's authors); direction: MOPO's slides.
+    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; the ant is paid 1 for
+    every step alive, as it is in Ant-v4 (sources differ).
     """
     cost = (act**2).sum(-1)
-    if kind == "jump":
-        return next_obs[..., 8].clip(max=3) + 15 * next_obs[..., 0] - 0.1 * cost
+    if kind in ("run", "jump"):
+        return next_obs[..., 8].clip(max=3) + (15 * next_obs[..., 0] if kind == "jump" else 0) - 0.1 * cost
     return 1 + np.cos(np.pi / 6) * next_obs[..., 13] + np.sin(np.pi / 6) * next_obs[..., 14] - 0.5 * cost
 
 

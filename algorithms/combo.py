@@ -6,13 +6,13 @@ they are known, from the paper (v0). Line numbers are those of the paper's Algor
   model        p(s', r | s, a), ensemble of N Gaussians                          maximum likelihood on the data       Alg. 1, l. 1
   rollouts     s from the data, h steps of a ~ mu(.|s), (s', r) ~ p_i(.|s, a)    mu: pi or uniform on [-1, 1]^A        Alg. 1, l. 4
   Q functions  min_Q beta (E_rho[Q(s, a)] - E_data[Q(s, a)]) + 1/2 E_df[(Q - B Q_target)^2]                           Eq. 2; l. 5
-               rho(a|s) = exp Q / sum_a exp Q, whose E_rho[Q] becomes log sum_a exp Q(s, a)                            CQL Eq. 4
+               rho(a|s) = exp Q / sum_a exp Q: the gradient of E_rho[Q] is then that of log sum_a exp Q(s, a)          CQL Eq. 4
                data: real rows only; d_f: share f of real rows, 1 - f of imagined ones
   policy       max_pi E_(s in d_f)[min_j Q_j(s, a) - alpha log pi(a|s)], a ~ pi(.|s)                                   Eq. 3; l. 6
 
     python algorithms/combo.py --env hopper-medium-replay
     python algorithms/combo.py --env hopper-medium-replay --beta 0            # no conservative term
-    python algorithms/combo.py --env hopper-medium-replay --model-ratio 0     # no model: CQL
+    python algorithms/combo.py --env hopper-medium-replay --model-ratio 0     # no model: CQL with COMBO's beta
 
 Two presets. v2 (default): horizon and beta of OfflineRL-Kit, rollouts of the policy, rho on all states of the batch. v0: the
 paper's, unverified where its appendix was not at hand: uniform rollouts and rho on imagined states for hopper, f = 0.8 on two
@@ -21,11 +21,16 @@ tasks of walker2d.
 What public implementations do otherwise, and what it changes:
   1. Gradients flow through the log-sum-exp; unifloral stops them, so Q is raised on the data and lowered nowhere.
   2. It runs over all 3N sampled actions of a state. OfflineRL-Kit drops a reshape and sums over 3; its beta was chosen with that.
-  3. Rollouts stop where the termination rule says so, and the rule bounds hopper's states on both sides.
-  4. The buffer holds rollouts and nothing else; nothing unfilled can be sampled.
+  3. Rollouts stop where the termination rule says so (unifloral goes on), and the rule bounds hopper's states on both sides.
+     OfflineRL-Kit also ends halfcheetah and walker2d where a state exceeds 100.
+  4. The buffer holds the last 5 rollouts and nothing else; nothing unfilled can be sampled.
+
+Differences from the paper:
   5. TD errors are not halved (as in every code, unlike Eq. 2), which makes beta half as strong. No entropy in the backup.
-  6. The Q functions step before the policy, the temperature after it. The policy's rate decays with every update (v2).
-  7. Rows without a recorded successor train no model.
+  6. The policy sees all states of the batch, also where rho has imagined states only (Eq. 3 as printed: s of rho), the smaller of
+     two Q values and an entropy term, as SAC does.
+  7. The Q functions step before the policy, the temperature after it. The policy's rate decays with every update (v2).
+  8. Rows without a recorded successor train no model; only the 5 elites of 7 members imagine.
 """
 
 import ctypes
@@ -59,7 +64,7 @@ from utils import UserError, evaluate, load_dataset, make_env, normalized_score,
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task (version optional) or Minari id
-    exp_name: str | None = None  # None: combo; cql without imagined data
+    exp_name: str | None = None  # None: combo; combo_cql without imagined data
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
     seed: int = 0
     total_updates: int = 1_000_000  # gradient updates of the learner; a larger number later carries a finished run on
@@ -110,7 +115,7 @@ class Args:
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers of policy and Q functions
     qf_lr: float | None = None  # None: 3e-4; 1e-4 for walker2d in v0
     policy_lr: float | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
-    policy_lr_decay: int | None = None  # updates in which a cosine takes it to 0, 0: constant; None: all updates (v2), constant (v0)
+    policy_lr_decay: int | None = None  # updates in which a cosine takes the policy's to 0, 0: constant; None: 1 000 000 (v2), 0 (v0)
     target_entropy: float | None = None  # None: minus the number of action dimensions
     beta: float | None = None  # weight of the conservative term
     rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: states of the whole batch, or imagined ones
@@ -122,25 +127,38 @@ class Args:
 # OfflineRL-Kit, run_example/run_combo.py. "ours" is in neither. The longest key that the task begins with counts.
 SETTINGS = {
     "v0": {
-        "halfcheetah": (5, 0.5, "policy", "mix", 0.5),
-        "hopper": (5, 1.0, "uniform", "model", 0.5),
-        "walker2d": (1, 0.5, "policy", "mix", 0.5),
+        "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),
+        "hopper-random": (5, 1.0, "uniform", "model", 0.5),
+        "walker2d-random": (1, 0.5, "policy", "mix", 0.5),
+        "halfcheetah-medium": (5, 0.5, "policy", "mix", 0.5),
         "hopper-medium": (5, 5.0, "uniform", "model", 0.5),
         "walker2d-medium": (1, 5.0, "policy", "mix", 0.2),
+        "halfcheetah-medium-replay": (5, 0.5, "policy", "mix", 0.5),
         "hopper-medium-replay": (5, 1.0, "uniform", "model", 0.5),
         "walker2d-medium-replay": (1, 0.5, "policy", "mix", 0.5),
-        "": (1, 1.0, "policy", "mix", 0.5),  # ours: any other task
+        "halfcheetah-medium-expert": (5, 0.5, "policy", "mix", 0.5),
+        "hopper-medium-expert": (5, 5.0, "uniform", "model", 0.5),
+        "walker2d-medium-expert": (1, 5.0, "policy", "mix", 0.2),
+        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as are those of any other task
+        "ant-angle": (5, 0.5, "policy", "mix", 0.5),
+        "": (1, 1.0, "policy", "mix", 0.5),
     },
     "v2": {
-        "halfcheetah": (5, 0.5, "policy", "mix", 0.5),
-        "hopper": (5, 1.0, "policy", "mix", 0.5),  # random: beta of v0, OfflineRL-Kit does not list it
-        "walker2d": (1, 0.5, "policy", "mix", 0.5),
+        "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),  # random: beta of v0, which OfflineRL-Kit does not list
+        "hopper-random": (5, 1.0, "policy", "mix", 0.5),
+        "walker2d-random": (1, 0.5, "policy", "mix", 0.5),
+        "halfcheetah-medium": (5, 0.5, "policy", "mix", 0.5),
         "hopper-medium": (5, 5.0, "policy", "mix", 0.5),
         "walker2d-medium": (1, 5.0, "policy", "mix", 0.5),
+        "halfcheetah-medium-replay": (5, 0.5, "policy", "mix", 0.5),
         "hopper-medium-replay": (5, 0.5, "policy", "mix", 0.5),
         "walker2d-medium-replay": (1, 0.5, "policy", "mix", 0.5),
         "halfcheetah-medium-expert": (5, 5.0, "policy", "mix", 0.5),
-        "": (1, 1.0, "policy", "mix", 0.5),  # ours: any other task
+        "hopper-medium-expert": (5, 5.0, "policy", "mix", 0.5),
+        "walker2d-medium-expert": (1, 5.0, "policy", "mix", 0.5),
+        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as are those of any other task
+        "ant-angle": (5, 0.5, "policy", "mix", 0.5),
+        "": (1, 1.0, "policy", "mix", 0.5),
     },
 }
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
@@ -157,7 +175,7 @@ def resolve(args, task):
     tuned = dict(zip(("horizon", "beta", "rollout_policy", "rho_states", "model_ratio"), row, strict=True))
     slow = args.preset == "v0" and task.domain == "walker2d"
     tuned |= {"qf_lr": 1e-4 if slow else 3e-4, "policy_lr": 1e-5 if slow else 1e-4}
-    tuned |= {"policy_lr_decay": args.total_updates if args.preset == "v2" else 0}
+    tuned |= {"policy_lr_decay": 1_000_000 if args.preset == "v2" else 0}
     args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
     for name, value in asdict(args).items():
         for v in value if isinstance(value, tuple) else (value,):
@@ -171,9 +189,11 @@ def resolve(args, task):
                     raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
     if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
         raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
+    if args.model_ratio > 0 and int((1 - args.model_ratio) * args.batch_size + 1e-6) == args.batch_size:
+        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
     if int((1 - args.model_ratio) * args.batch_size + 1e-6) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: not one real row in a batch of {args.batch_size}")
-    name = "combo" if args.model_ratio > 0 else "cql"
+    name = "combo" if args.model_ratio > 0 else "combo_cql"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
 
 
@@ -667,7 +687,7 @@ class COMBO:
             self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
         policy_loss, log_prob = self.policy_loss(obs, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 17
+        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18
         torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
         return losses | q_metrics | {"q/entropy": -log_prob, "q/alpha": alpha}
@@ -711,25 +731,26 @@ class ModelBuffer:
 
     def __init__(self, task, data, dynamics, args, device, run):
         self.starts, self.dynamics, self.args, self.run = data.obs.to(device), dynamics, args, run
-        self.terminates, self.policies, self.rollouts = termination_fn(task, data), [], []
+        self.terminates, self.policies, self.lengths = termination_fn(task, data), [], []
+        self.rows = data.obs.new_empty(0, 2 * data.obs.shape[1] + data.act.shape[1] + 2).to(device)
         for step, policy in run.state.get("rollout_policies", []):
             self.add(step, {k: v.to(device) for k, v in policy.items()}, again=True)
 
     def add(self, step, weights, again=False):
         """Rollouts of the policy with these weights (a state dict); the oldest make room."""
-        obs_dim = self.starts.shape[1]
-        with torch.random.fork_rng():
+        obs_dim, device, keep = self.starts.shape[1], self.starts.device, self.args.rollouts_kept
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
-            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(self.starts.device)
+            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
             policy.load_state_dict(weights)
             rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
-        if not rows.isfinite().all():
+        if not rows.isfinite().all():  # a single one would make losses NaN, even behind a mask: 0 * inf
             raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)
         if not again:
             self.run.log(step, stats)
-        keep = self.args.rollouts_kept
-        self.policies, self.rollouts = [*self.policies, (step, policy.state_dict())][-keep:], [*self.rollouts, rows][-keep:]
-        self.rows = torch.cat(self.rollouts)
+        self.policies = [*self.policies, (step, policy.state_dict())][-keep:]
+        self.lengths = [*self.lengths, len(rows)][-keep:]
+        self.rows = torch.cat([self.rows, rows])[-sum(self.lengths) :]
 
     def __call__(self, size):
         return self.rows[torch.randint(len(self.rows), (size,), device=self.rows.device)]
@@ -758,7 +779,7 @@ def main(args):
     np.random.seed(args.seed)
 
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
-    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None  # l. 1
+    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None  # Alg. 1, l. 1
     imagined = ModelBuffer(task, data, dynamics, args, device, run) if num_model else None
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
     agent, step = COMBO(obs_dim, act_dim, args, device), 0
@@ -775,7 +796,7 @@ def main(args):
         if num_model:
             if step % args.rollout_every == 0:
                 imagined.add(step, agent.policy.state_dict())
-            batch = torch.cat([batch, imagined(num_model)])  # l. 5, 6: D u D_model
+            batch = torch.cat([batch, imagined(num_model)])  # Alg. 1, l. 5, 6: D u D_model; real rows stand first
         metrics = agent.update(*unpack(batch, obs_dim, act_dim), num_real, step)
         step += 1
         bar.update()

@@ -7,24 +7,27 @@ Line numbers are those of the paper's Algorithm 2 (MOPO with an ensemble of Gaus
   rollouts     s from the data, h steps of a ~ pi(.|s), (s', r) ~ p_i(.|s, a)    i drawn anew for every row           Alg. 2, l. 4-8
   penalty      r~(s, a) = r(s, a) - lambda u(s, a)                               the penalised MDP                    Alg. 1, l. 1
                u(s, a) = max_i ||Sigma_i(s, a)||                                 the largest predicted spread         Alg. 2, l. 9
-  learner      SAC on 5 % data and 95 % rollouts                                 arXiv:1812.05905, Eq. 5-7, 17        Alg. 2, l. 11
+  learner      SAC on 5 % data and 95 % rollouts                                 arXiv:1812.05905, Eq. 5, 7, 18       Alg. 2, l. 11
 
     python algorithms/mopo.py --env hopper-medium-replay
     python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0     # no penalty: MBPO's training on fixed data
     python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0      # no model: SAC on fixed data
 
-Two presets. v0: horizon, lambda and SAC of the reference code, which belongs to D4RL's v0 data. v2 (default): those of
+Two presets. v0: horizon, lambda and rates of the reference code, which belong to D4RL's v0 data. v2 (default): those of
 OfflineRL-Kit, which has scores on today's data: smaller steps of the policy with a cosine decay, three million updates.
 
-Differences from the reference code:
+Differences from paper and reference code:
   1. u is the norm of the standard deviations, as in the code; the paper prints the norm of the covariance. Every published
-     lambda belongs to the code's form. All 7 members count, not only the elites.
-  2. The buffer keeps the last 5 rollouts whole. The reference keeps the last 5 x 50 000 x h rows, and so, where rollouts end
+     lambda belongs to the code's form. All 7 members count in it, but only the 5 elites imagine (l. 8 names all).
+  2. The penalised reward is a sample of the model, as in the code; the paper speaks of its mean.
+  3. The buffer keeps the last 5 rollouts whole. The reference keeps the last 5 x 50 000 x h rows, and so, where rollouts end
      early, rows of older policies as well.
-  3. Rows without a recorded successor train no model; the reference learns the resets after terminals as physics.
-  4. A state of hopper below -100 ends a rollout as one above 100 does; the rule of every public code misses it.
-  5. The Q functions step before the policy, the temperature after it. TD errors are not halved (no matter for Adam).
-  6. v2: the policy's rate decays with every update, in OfflineRL-Kit with every 1 000.
+  4. Rows without a recorded successor train no model; the reference learns the resets after terminals as physics.
+  5. A state of hopper below -100 ends a rollout as one above 100 does (a slip in the reference's rule). OfflineRL-Kit also ends
+     halfcheetah and walker2d there.
+  6. The policy's log standard deviation is clamped to [-5, 2] as in OfflineRL-Kit, in the reference to [-20, 2].
+  7. The Q functions step before the policy, the temperature after it. TD errors are not halved (no matter for Adam).
+  8. v2: the policy's rate decays with every update, in OfflineRL-Kit with every 1 000.
 """
 
 import ctypes
@@ -65,7 +68,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 for the spread of all members, the bulk of a rollout; the rest stays float32
+    bf16: bool = False  # bfloat16 for the predicted spread of all members, the bulk of a rollout; the rest stays float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -110,7 +113,7 @@ class Args:
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of policy and Q functions
     qf_lr: float = 3e-4
     policy_lr: float | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
-    policy_lr_decay: int | None = None  # updates in which a cosine takes it to 0, 0: constant; None: all updates (v2), constant (v0)
+    policy_lr_decay: int | None = None  # updates in which a cosine takes the policy's to 0, 0: constant; None: 3 000 000 (v2), 0 (v0)
     target_entropy: float | None = None  # None: minus the number of action dimensions; v0: -3, whatever the task
 
 
@@ -167,7 +170,7 @@ def resolve(args, task):
     if args.preset == "v0":
         tuned |= {"total_updates": 1_000_000, "policy_lr": 3e-4, "policy_lr_decay": 0, "target_entropy": -3.0}
     else:
-        tuned |= {"total_updates": 3_000_000, "policy_lr": 1e-4, "policy_lr_decay": args.total_updates or 3_000_000}
+        tuned |= {"total_updates": 3_000_000, "policy_lr": 1e-4, "policy_lr_decay": 3_000_000}
     args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
     for name, value in asdict(args).items():
         for v in value if isinstance(value, tuple) else (value,):
@@ -181,6 +184,8 @@ def resolve(args, task):
                     raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
     if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
         raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
+    if args.model_ratio > 0 and int((1 - args.model_ratio) * args.batch_size + 1e-6) == args.batch_size:
+        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
     name = "sac" if args.model_ratio == 0 else "mopo" if args.penalty_coef > 0 else "mbpo"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
 
@@ -606,7 +611,7 @@ def imagine(starts, dynamics, policy, terminates, args):
         mean, log_std = policy(obs)
         act, _ = squash(mean, log_std, torch.randn_like(mean))  # l. 7
         next_obs, rew = dynamics.sample(obs, act)  # l. 8: a member of its own for every row
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16 and args.penalty == "aleatoric"):
             chunks = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in dynamics.inputs(obs, act).split(1_000)]  # caches are small
         penalty = torch.cat([penalty_of(args.penalty, mean.float(), logvar.float()) for mean, logvar in chunks])
         terminated = terminates(obs, act, next_obs)
@@ -615,9 +620,10 @@ def imagine(starts, dynamics, policy, terminates, args):
         alive.append(len(obs) / args.rollout_starts)
         obs = next_obs[~terminated]  # a rollout that ended stays ended
     rows, penalty = torch.cat(rows), torch.cat(penalties)
-    _, _, rew, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
+    _, _, penalized, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
+    rew = penalized + args.penalty_coef * penalty  # comparable with the rewards of the data
     stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean(), "terminated": terminated.mean()}
-    stats |= {"alive_at_last_step": alive[-1], "unpenalized_reward_mean": (rew + args.penalty_coef * penalty).mean()}
+    stats |= {"alive_at_last_step": alive[-1], "penalized_reward_mean": penalized.mean()}
     spread = {"mean": penalty.mean(), "max": penalty.max()}
     spread |= {f"p{p}": penalty.kthvalue(max(1, len(penalty) * p // 100)).values for p in (50, 95)}
     return rows, {f"model/imagined_{k}": v for k, v in stats.items()} | {f"model/penalty_{k}": v for k, v in spread.items()}
@@ -674,7 +680,7 @@ class SAC:
             self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
         policy_loss, log_prob = self.policy_loss(obs, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 17
+        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18
         torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
         return losses | q_metrics | {"q/entropy": -log_prob, "q/alpha": alpha}
@@ -718,25 +724,26 @@ class ModelBuffer:
 
     def __init__(self, task, data, dynamics, args, device, run):
         self.starts, self.dynamics, self.args, self.run = data.obs.to(device), dynamics, args, run
-        self.terminates, self.policies, self.rollouts = termination_fn(task, data), [], []
+        self.terminates, self.policies, self.lengths = termination_fn(task, data), [], []
+        self.rows = data.obs.new_empty(0, 2 * data.obs.shape[1] + data.act.shape[1] + 2).to(device)
         for step, policy in run.state.get("rollout_policies", []):
             self.add(step, {k: v.to(device) for k, v in policy.items()}, again=True)
 
     def add(self, step, weights, again=False):
         """Rollouts of the policy with these weights (a state dict); the oldest make room."""
-        obs_dim = self.starts.shape[1]
-        with torch.random.fork_rng():
+        obs_dim, device, keep = self.starts.shape[1], self.starts.device, self.args.rollouts_kept
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
-            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(self.starts.device)
+            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
             policy.load_state_dict(weights)
             rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
-        if not rows.isfinite().all():
+        if not rows.isfinite().all():  # a single one would make losses NaN, even behind a mask: 0 * inf
             raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)
         if not again:
             self.run.log(step, stats)
-        keep = self.args.rollouts_kept
-        self.policies, self.rollouts = [*self.policies, (step, policy.state_dict())][-keep:], [*self.rollouts, rows][-keep:]
-        self.rows = torch.cat(self.rollouts)
+        self.policies = [*self.policies, (step, policy.state_dict())][-keep:]
+        self.lengths = [*self.lengths, len(rows)][-keep:]
+        self.rows = torch.cat([self.rows, rows])[-sum(self.lengths) :]
 
     def __call__(self, size):
         return self.rows[torch.randint(len(self.rows), (size,), device=self.rows.device)]
@@ -765,7 +772,7 @@ def main(args):
     np.random.seed(args.seed)
 
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
-    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None  # l. 1
+    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None  # Alg. 2, l. 1
     imagined = ModelBuffer(task, data, dynamics, args, device, run) if num_model else None
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
     agent, step = SAC(obs_dim, act_dim, args, device), 0
@@ -782,7 +789,7 @@ def main(args):
         if num_model:
             if step % args.rollout_every == 0:
                 imagined.add(step, agent.policy.state_dict())
-            batch = torch.cat([batch, imagined(num_model)])  # l. 11: D_env u D_model
+            batch = torch.cat([batch, imagined(num_model)])  # Alg. 2, l. 11: D_env u D_model; real rows stand first
         metrics = agent.update(*unpack(batch, obs_dim, act_dim), step)
         step += 1
         bar.update()

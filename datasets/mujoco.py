@@ -7,7 +7,8 @@ Paper: Haarnoja et al. 2018, arXiv:1812.05905 (SAC with learnt temperature).  Re
   medium-replay   everything the SAC run saw until its policy was "medium"
   expert          the policy at the end of the SAC run, actions sampled
   medium-expert   medium, then expert
-  jump, angle     everything the SAC run saw (halfcheetah, ant), with the reward of MOPO's tasks (utils.relabelled_reward)
+  jump, angle     everything the SAC run saw (halfcheetah, ant), with the reward of MOPO's tasks (utils.relabelled_reward); the
+                  agent of jump is itself trained on another reward, to run no faster than 3 m/s
 
     python datasets/mujoco.py --env hopper --kinds medium-replay                 # about half an hour on 2 cores
     python datasets/mujoco.py --env halfcheetah                                  # all five; a night
@@ -50,7 +51,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from utils import GENERATED, REFERENCE, RELABELLED, UserError, evaluate, file_sha256, make_env, relabelled_reward
+from utils import GENERATED, REFERENCE, RELABELLED, Relabelled, UserError, evaluate, file_sha256, make_env, relabelled_reward
 
 Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert", "jump", "angle"]
 
@@ -352,6 +353,8 @@ def train(args, folder):
     """SAC until its policy is medium, or to the end if what is asked for needs it. Returns agent, run, replay, medium policy."""
     to_the_end = bool({"expert", "medium-expert", *RELABELLED} & set(args.kinds))
     env, eval_envs = make_env(args.env), [make_env(args.env) for _ in range(args.eval_episodes)]
+    if "jump" in args.kinds:
+        env, eval_envs = Relabelled(env, "run"), [Relabelled(e, "run") for e in eval_envs]
     o, a = env.observation_space.shape[0], env.action_space.shape[0]
     agent, run, medium_policy = SAC(o, a, args), Run(), None
     names = ("obs", "act", "rew", "next_obs", "terminated", "truncated", "qpos", "qvel")
@@ -447,6 +450,8 @@ def main(args):
     if platform.libc_ver()[0] == "glibc":  # its self-adjusting thresholds let this run grow by gigabytes; fixed ones do not
         for option, value in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(option, value)
+    if "jump" in args.kinds and len(args.kinds) > 1:
+        raise UserError("--kinds jump: make it by itself, its agent is trained on another reward")
     paths = {kind: args.out / f"{args.env}_{kind.replace('-', '_')}.hdf5" for kind in args.kinds}
     todo = [kind for kind in args.kinds if not (paths[kind].exists() and paths[kind].with_suffix(".json").exists())]
     for kind in set(args.kinds) - set(todo):
@@ -455,7 +460,7 @@ def main(args):
         return
     agent = run = replay = medium = None
     if set(todo) - {"random"}:
-        settings = asdict(args) | {"out": "", "kinds": ()}
+        settings = asdict(args) | {"out": "", "kinds": ("jump",) if "jump" in args.kinds else ()}
         tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         agent, run, replay, _, medium = train(args, args.out / f"sac-{args.env}-{args.seed}-{tag}")
         if set(todo) & {"medium", "medium-replay", "medium-expert"} and not run.medium_at:
@@ -493,7 +498,7 @@ def main(args):
             )
             if kind in RELABELLED:
                 data["rewards"] = relabelled_reward(kind, data["actions"], data["next_observations"]).astype(np.float32)
-                meta["recipe"] += "; rewards relabelled afterwards (utils.relabelled_reward)"
+                meta["recipe"] += " under its own reward; rewards relabelled afterwards (utils.relabelled_reward)"
         elif kind in ("medium", "expert"):
             data = collect(args.env, sampled(medium if kind == "medium" else agent.policy.state_dict()), args.steps, seed0, kind)
             at = run.medium_at if kind == "medium" else run.step

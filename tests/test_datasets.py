@@ -348,10 +348,22 @@ def test_relabelled_replay_has_the_reward_of_its_environment(collector, tmp_path
         run(collector, kinds=(kind,), out=tmp_path)
 
 
+def test_the_agent_of_jump_is_trained_on_a_reward_of_its_own(collector, tmp_path, monkeypatch):
+    seen, plain = [], collector.SAC.update
+    monkeypatch.setattr(collector.SAC, "update", lambda self, *batch: (seen.append(batch), plain(self, *batch))[1])
+    run(collector, env="halfcheetah", kinds=("jump",), out=tmp_path, medium_band=(8, 9), total_steps=1200, random_steps=1100)
+    for _, act, rew, next_obs, *_ in seen:
+        torch.testing.assert_close(rew, utils.relabelled_reward("run", act, next_obs), atol=1e-4, rtol=1e-4)
+    assert seen
+    with pytest.raises(UserError, match="by itself"):
+        run(collector, env="halfcheetah", kinds=("jump", "random"), out=tmp_path)
+
+
 def test_rewards_of_the_relabelled_tasks_by_hand():
     act, cheetah, ant = np.full(6, 0.5), np.zeros(17), np.zeros(27)
     cheetah[0], cheetah[8] = 0.2, 5.0  # height, speed: 3 + 3 - 0.1 * 1.5
     assert utils.relabelled_reward("jump", act, cheetah) == pytest.approx(5.85)
+    assert utils.relabelled_reward("run", act, cheetah) == pytest.approx(2.85)
     cheetah[8] = -1.0
     assert utils.relabelled_reward("jump", act, cheetah) == pytest.approx(1.85)
     ant[13], ant[14] = 2.0, 4.0  # 1 + 2 cos 30 + 4 sin 30 - 0.5 * 2

@@ -95,12 +95,27 @@ def test_imagined_rewards_are_penalised_by_all_members_not_only_elites():
     rows, stats = mopo.imagine(torch.randn(50, 2), FixedModel(std), Straight(), never, MOPO)
     rew = mopo.unpack(rows, 2, 2)[2]
     assert rew.tolist() == pytest.approx([-9.0] * 800)
-    assert stats["model/penalty_mean"] == pytest.approx(5.0) and stats["model/imagined_unpenalized_reward_mean"] == pytest.approx(1.0)
+    assert stats["model/penalty_mean"] == pytest.approx(5.0) and stats["model/imagined_penalized_reward_mean"] == pytest.approx(-9.0)
+    assert stats["model/imagined_reward_min"] == pytest.approx(1.0, abs=1e-5) == stats["model/imagined_reward_max"]  # as the data's
     for kind in ("pairwise_diff", "ensemble_std"):  # members agree here
         rew = mopo.unpack(mopo.imagine(torch.randn(50, 2), FixedModel(std), Straight(), never, replace(MOPO, penalty=kind))[0], 2, 2)[2]
         assert rew.tolist() == pytest.approx([1.0] * 800)
     rew = mopo.unpack(mopo.imagine(torch.randn(50, 2), FixedModel(std), Straight(), never, replace(MOPO, penalty_coef=0.0))[0], 2, 2)[2]
     assert rew.tolist() == [1.0] * 800
+
+
+def test_penalty_is_that_of_the_state_before_the_step():
+    class Foggy(FixedModel):
+        """Uncertain where state 0 is large: spread = state 0."""
+
+        def __call__(self, x, members=None):
+            mean, _ = super().__call__(x)
+            return mean, 2 * x[..., :1].abs().log().expand(-1, -1, 3)
+
+    rows, _ = mopo.imagine(torch.full((5, 2), 2.0), Foggy(torch.ones(7, 3), step=1.0), Straight(), never, MOPO)
+    rew = mopo.unpack(rows, 2, 2)[2].view(4, 200)  # states 2, 3, 4, 5: 1 - 2 sqrt(3) s
+    for i in range(4):
+        assert rew[i].tolist() == pytest.approx([1 - 2 * 3**0.5 * (2 + i)] * 200, rel=1e-5)
 
 
 # --- rollouts ---
@@ -115,6 +130,17 @@ def test_rollouts_start_in_the_data_and_follow_the_model(m, args):
     obs, next_obs = obs.view(4, 200, 2), next_obs.view(4, 200, 2)
     assert all((o == starts).all(1).any() for o in obs[0])
     assert torch.equal(obs[1:], next_obs[:-1])  # forward consistent, bit for bit
+
+
+@both
+def test_rollouts_draw_their_actions_from_the_policy(m, args):
+    class Wide:
+        def __call__(self, obs):
+            return torch.full((len(obs), 2), 0.3), torch.zeros(len(obs), 2)
+
+    wide = replace(args, rollout_starts=20_000, horizon=1)
+    act = m.unpack(m.imagine(torch.randn(50, 2), FixedModel(torch.full((7, 3), 1e-3)), Wide(), never, wide)[0], 2, 2)[1].atanh()
+    assert act.mean().item() == pytest.approx(0.3, abs=0.03) and act.std().item() == pytest.approx(1.0, abs=0.03)
 
 
 @both
@@ -214,7 +240,7 @@ def test_batches_of_256_hold_12_and_128_real_rows(monkeypatch, tmp_path):
         seen = []
 
         def update(self, obs, *rest, seen=seen):
-            seen.append((obs[:, 0] != 7).sum().item())
+            seen.append((obs[:, 0] != 7).tolist())
             return {}
 
         learner = m.SAC if m is mopo else m.COMBO
@@ -222,7 +248,7 @@ def test_batches_of_256_hold_12_and_128_real_rows(monkeypatch, tmp_path):
         monkeypatch.setattr(m, "fitted_dynamics", lambda data, args, *a: m.Dynamics(11, 3, args))
         monkeypatch.setattr(m, "imagine", lambda *a: (torch.full((9, 27), 7.0), {}))
         m.main(m.Args(dataset="bundled", total_updates=3, eval_episodes=0, run_dir=str(tmp_path), num_threads=1))
-        assert seen == [expected] * 3
+        assert seen == [[True] * expected + [False] * (256 - expected)] * 3  # real rows first: COMBO's learner relies on it
 
 
 # --- learner ---
@@ -238,6 +264,68 @@ def constant_q(agent, value, m):
         for q in (qf.q1, qf.q2):
             torch.nn.init.zeros_(q[-1].weight)
             torch.nn.init.constant_(q[-1].bias, value)
+
+
+def learner(m, args):
+    return (mopo.SAC if m is mopo else combo.COMBO)(2, 2, args, CPU)
+
+
+def critic_loss(m, agent, rows):
+    return agent.critic_loss(*rows, torch.tensor(0.5) if m is mopo else 20)
+
+
+def set_q(qf, *values):
+    for q, value in zip((qf.q1, qf.q2), values, strict=True):
+        torch.nn.init.zeros_(q[-1].weight)
+        torch.nn.init.constant_(q[-1].bias, value)
+
+
+@both
+def test_the_target_is_the_smaller_of_the_target_networks(m, args):
+    agent, rows = learner(m, args), batch()
+    set_q(agent.qf, 100.0, 200.0)
+    metrics = []
+    for values in ((3.0, 5.0), (5.0, 3.0), (3.0, 9.0)):
+        set_q(agent.target_qf, *values)
+        torch.manual_seed(1)
+        metrics.append(critic_loss(m, agent, rows)[1]["q/target"].item())
+    assert metrics[0] == metrics[1] == metrics[2]  # of both orders, and the larger one does not matter
+    set_q(agent.target_qf, 4.0, 4.0)
+    torch.manual_seed(1)
+    rise = 0.99 * (1 - rows[4]).mean().item()  # one more in Q is gamma more in the target of rows that go on
+    assert critic_loss(m, agent, rows)[1]["q/target"].item() == pytest.approx(metrics[0] + rise, rel=1e-4)
+
+
+@both
+def test_policy_loss_is_alpha_log_pi_minus_the_smaller_q(m, args):
+    agent, obs = learner(m, args), torch.randn(40, 2)
+    set_q(agent.qf, 2.0, 7.0)
+    torch.manual_seed(1)
+    loss, log_prob = agent.policy_loss(obs, torch.tensor(0.5))
+    torch.manual_seed(1)
+    mean, log_std = agent.policy(obs)
+    expected = m.squash(mean, log_std, torch.randn_like(mean))[1].mean()
+    assert log_prob.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(0.5 * expected.item() - 2.0, rel=1e-5)
+
+
+@both
+def test_the_policy_climbs_q(m, args, monkeypatch):
+    agent = learner(m, replace(args, policy_lr=1e-2))
+    monkeypatch.setattr(agent.qf, "forward", lambda obs, act: -((act - 0.5) ** 2).sum(-1).expand(2, -1) * 100)
+    obs = torch.randn(40, 2)
+    for _ in range(300):
+        m.descend(agent.policy_opt, agent.policy_loss(obs, torch.tensor(0.01))[0])
+    assert (agent.act(obs) - 0.5).abs().max() < 0.1
+
+
+@both
+def test_targets_follow_by_tau(m, args):
+    agent = learner(m, replace(args, tau=0.25))
+    old = [p.clone() for p in agent.target_qf.parameters()]
+    agent.update(*batch(), *([0] if m is mopo else [20, 0]))
+    for before, target, online in zip(old, agent.target_qf.parameters(), agent.qf.parameters(), strict=True):
+        torch.testing.assert_close(target, 0.75 * before + 0.25 * online)
 
 
 def test_sac_target_is_the_soft_value_unless_the_state_was_terminal():
@@ -295,8 +383,11 @@ def test_every_state_of_rho_is_pushed_down_with_3n_actions(monkeypatch, where, r
         return plain(q, density, temperature)
 
     monkeypatch.setattr(combo, "soft_maximum", spy)
-    agent.critic_loss(*batch(), 10)
+    seen, plain_q, data = [], agent.qf.forward, batch()
+    monkeypatch.setattr(agent.qf, "forward", lambda obs, act: (seen.append(obs), plain_q(obs, act))[1])
+    agent.critic_loss(*data, 10)
     assert shapes == [((2, rows, 9), (rows, 9))]
+    assert torch.equal(seen[1], data[0][40 - rows :, None].expand(-1, 9, -1))  # real rows stand first
     agent.critic_loss(*batch(), 40)  # no imagined rows at all: the states that there are
     assert shapes[1] == ((2, 40, 9), (40, 9))
 
@@ -425,7 +516,9 @@ def test_settings_come_from_preset_and_task():
     assert (a.horizon, a.penalty_coef, a.policy_lr, a.policy_lr_decay, a.total_updates) == (5, 5.0, 3e-4, 0, 1_000_000)
     assert a.target_entropy == -3
     assert resolved(mopo, "--penalty-coef", "0").exp_name == "mbpo" and resolved(mopo, "--model-ratio", "0").exp_name == "sac"
-    assert resolved(mopo, "--total-updates", "7").policy_lr_decay == 7
+    assert resolved(mopo, "--total-updates", "7").policy_lr_decay == 3_000_000  # more updates later are the same run
+    with pytest.raises(UserError, match="not one row"):
+        resolved(mopo, "--model-ratio", "1e-9")
     a = resolved(combo, "--env", "hopper-medium")
     assert (a.horizon, a.beta, a.rollout_policy, a.rho_states, a.model_ratio) == (5, 5.0, "policy", "mix", 0.5)
     a = resolved(combo, "--preset", "v0", "--env", "walker2d-medium-expert")
@@ -434,6 +527,34 @@ def test_settings_come_from_preset_and_task():
     assert (a.beta, a.rollout_policy, a.rho_states) == (1.0, "uniform", "model")
     with pytest.raises(UserError, match="not one real row"):
         resolved(combo, "--model-ratio", "1")
+
+
+TABLES = {  # spec/algorithms.md 6b, 7b: horizon and lambda; horizon and beta
+    (mopo, "v0", "penalty_coef"): {
+        "halfcheetah": ((5, 0.5), (1, 1), (5, 1), (5, 5)), "hopper": ((5, 1), (5, 5), (5, 1), (5, 1)),
+        "walker2d": ((1, 1), (5, 5), (1, 1), (1, 2)),
+    },
+    (mopo, "v2", "penalty_coef"): {
+        "halfcheetah": ((5, 0.5), (5, 0.5), (5, 0.5), (5, 2.5)), "hopper": ((5, 1), (5, 5), (5, 2.5), (5, 5)),
+        "walker2d": ((1, 1), (5, 0.5), (1, 2.5), (1, 2.5)),
+    },
+    (combo, "v0", "beta"): {
+        "halfcheetah": ((5, 0.5), (5, 0.5), (5, 0.5), (5, 0.5)), "hopper": ((5, 1), (5, 5), (5, 1), (5, 5)),
+        "walker2d": ((1, 0.5), (1, 5), (1, 0.5), (1, 5)),
+    },
+    (combo, "v2", "beta"): {
+        "halfcheetah": ((5, 0.5), (5, 0.5), (5, 0.5), (5, 5)), "hopper": ((5, 1), (5, 5), (5, 0.5), (5, 5)),
+        "walker2d": ((1, 0.5), (1, 5), (1, 0.5), (1, 5)),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("m, preset, weight", TABLES)
+def test_every_task_of_the_tables_gets_its_settings(m, preset, weight):
+    for robot, rows in TABLES[m, preset, weight].items():
+        for kind, row in zip(("random", "medium", "medium-replay", "medium-expert"), rows, strict=True):
+            args = m.resolve(m.Args(env=f"{robot}-{kind}", preset=preset), parse_task(f"{robot}-{kind}"))
+            assert (args.horizon, getattr(args, weight)) == row, (robot, kind)
 
 
 @both

@@ -26,7 +26,7 @@ ONCE = [  # imagination once, before policy learning
     "--model-buffer-size", "20000", "--rollout-batch-size", "1000",
     "--rollout-policy", "cvae", "--vae-hidden", "16", "--rollout-policy-updates", "60",
 ]  # fmt: skip
-AGAIN = ["--rollout-every", "15", "--rollout-starts", "500", "--rollouts-kept", "2", "--hidden", "16", "--policy-lr-decay", "60"]  # and again, four times in a run
+AGAIN = ["--rollout-every", "15", "--rollout-starts", "500", "--rollouts-kept", "2", "--hidden", "16"]  # and again, four times in a run
 BCQ = ("bcq", "BCQ", [*ONCE, "--hidden", "16", "16", "--bcq-samples", "2", "--eval-samples", "4"], lambda step: ())
 # script -> name without the model, class of the learner, flags that make it small, what update takes beside the batch
 SCRIPTS = {
@@ -34,7 +34,7 @@ SCRIPTS = {
     "romi_bcq": BCQ,
     "fomi_bcq": BCQ,
     "mopo": ("sac", "SAC", AGAIN, lambda step: (step,)),
-    "combo": ("cql", "COMBO", [*AGAIN, "--cql-samples", "2"], lambda step: (20, step)),
+    "combo": ("combo_cql", "COMBO", [*AGAIN, "--cql-samples", "2"], lambda step: (20, step)),
 }
 PHASES = ["dynamics", "rollout_policy", "imagination", "policy"]
 
@@ -120,7 +120,8 @@ def test_smoke_run_leaves_what_the_contract_names(script, whole):
     rows = metrics(whole)
     assert [r["update"] for r in rows if "eval/return" in r] == [30, 60]
     assert [r["update"] for r in rows if any(k.startswith("losses/") for k in r) and r["update"]] == [10, 20, 30, 40, 50, 60]
-    assert sum("model/epoch" in r for r in rows) == 4 and sum("model/imagined_reward_min" in r for r in rows) == (4 if "--rollout-every" in SCRIPTS[script][2] else 1)
+    rollouts = 4 if "--rollout-every" in SCRIPTS[script][2] else 1
+    assert sum("model/epoch" in r for r in rows) == 4 and sum("model/imagined_reward_min" in r for r in rows) == rollouts
     assert not list(whole.glob("*.part"))
 
 
