@@ -1,30 +1,53 @@
-"""Benchmarks of the scripts in `algorithms/`.
+"""Benchmarks of the scripts in `algorithms/`: run them, keep their results, and make tables and pictures of those.
 
-    python benchmark.py speed                      # every case on this machine, about two minutes
-    python benchmark.py speed --device cuda --compile
+    python benchmark.py run smoke                  # every script, every phase, minutes; suites: suites.py
+    python benchmark.py run laptop --jobs 2        # finished runs are skipped, cut ones go on: the same command again
+    python benchmark.py run paper --dry-run        # the plain commands, for xargs, GNU parallel or sbatch; hours, estimated
+    python benchmark.py run paper --slurm --slurm-options partition=gpu gres=gpu:1
+    python benchmark.py run laptop --seeds 3 4 -- --bf16          # what follows -- goes to every run
     python benchmark.py collect                    # results of finished runs -> results/, what the tables rest on
-    python benchmark.py plot                       # learning curves of results/ -> figures/
+    python benchmark.py table                      # tables of results/ -> benchmarks.md; --check: are they what stands there?
+    python benchmark.py plot                       # learning curves and bars of results/ -> figures/
+    python benchmark.py sweeps                     # W&B grid sweeps of the suite `paper` -> sweeps/
+    python benchmark.py speed                      # every case on this machine, about two minutes
+    python benchmark.py speed --device cuda --compile --out results/speed_<machine>.json
 
 `speed` times each case in rounds: in every round the machine's own matrix product is timed beside it, so that noise of a
 shared machine hits both alike, and the share (rate of the case over rate of the product) can be compared between machines.
 Known and target milliseconds are those of cases() below, on two idle cores at 180 GFLOP/s.
 """
 
+import contextlib
+import datetime
 import importlib
 import json
+import os
+import platform
+import re
+import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import report
+import suites
+from utils import UserError
+
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "algorithms"))
+
+
+# --- speed ---
 
 
 @dataclass
@@ -99,6 +122,11 @@ def cases(args):
         yield f"combo update{', bf16' * bf16}", lambda agent=agent: agent.update(*rows, 128, 0), 1, "update", 270, 67
     actor = mopo.Policy(O, A, args_of[mopo].hidden).to(device)
     yield "mopo rollout of 250 000 rows", lambda: mopo.imagine(starts, dynamics, actor, never, args_of[mopo]), 1, "rollout", None, 2_000
+    sra_iql = importlib.import_module("sra_iql")
+    torch.set_flush_denormal(True)  # as its main(): weight decay makes denormal numbers in a long timing, too
+    maze, rows_512 = importlib.import_module("utils").parse_task("maze2d-umaze"), batch(512, 4, 2)
+    agent = sra_iql.IQL(sra_iql.Normalizer(rows_512[0]), 4, 2, sra_iql.resolve(sra_iql.Args(compile=args.compile), maze), device)
+    yield "iql update, 512 rows", lambda agent=agent: agent.update(*rows_512, 0), 1, "update", 14.8, 8.2  # CORL: 7.4 for 256
 
 
 def timed(fn, device, at_least=0.25):
@@ -148,14 +176,228 @@ def speed(args: Speed):
         cells += [f"{known}" if known else "-", f"{target:g}"]
         print(f"{name:30s}" + "".join(f"{c:>12s}" for c in cells), flush=True)
         rows.append({"case": name, "unit": unit, "ms": ms, "gflop": work, "matrix_gflop_s": rate, "share": share})
+        rows[-1] |= {"known_ms": known, "target_ms": target}
     if args.out:
         facts = {"torch": torch.__version__, "threads": args.num_threads, "device": args.device, "compile": args.compile}
+        facts |= {"machine": machine_name(args.device), "date": datetime.date.today().isoformat(), "rounds": args.rounds}
         args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+def machine_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, AttributeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    return platform.processor() or platform.machine()
+
+
+# --- run ---
+
+
+@dataclass
+class RunSuite:
+    """Run a suite: what is finished is skipped, what was cut goes on. Several of these may work at one suite side by side."""
+
+    suite: tyro.conf.Positional[Literal["smoke", "laptop", "paper"]]
+    flags: tyro.conf.Positional[tuple[str, ...]] = ()  # after --: for every run, they win over the suite's
+    jobs: int | None = None  # runs at a time; None: 1, on Slurm as many as it gives
+    threads: int | None = None  # --num-threads of every run; None: the suite's
+    only: str = ""  # runs whose name contains this, and those whose models they take
+    seeds: tuple[int, ...] = ()  # (): the suite's
+    run_dir: Path | None = None  # None: runs, for the smoke suite runs/smoke
+    dry_run: bool = False  # print the commands and end
+    slurm: bool = False  # submit them as a Slurm array
+    slurm_options: tuple[str, ...] = ()  # of sbatch, such as partition=gpu gres=gpu:1 time=1440
+
+
+def run(args: RunSuite):
+    """Run a suite of runs, on this machine or on Slurm."""
+    jobs = suites.expand(args.suite, args.run_dir, args.only, args.seeds, args.threads, args.flags)
+    if args.suite != "smoke":
+        print_hours(jobs)
+    if args.dry_run:
+        runs = {job.name for job in jobs if job.updates}
+        if late := sum(not runs.isdisjoint(job.after) for job in jobs):
+            print(f"note: the last {late} commands take models of earlier ones, which must have ended by then", file=sys.stderr)
+        return print("\n".join(shlex.join(job.command) for job in jobs))
+    if args.slurm:
+        return submit(args, jobs)
+    begin = time.time()
+    failed = work_off(jobs, args.jobs or 1, args.suite)
+    done = [job for job in jobs if job.updates and job.name not in failed]
+    for name, text in report.tables([job.folder for job in done]).items():
+        print(f"\n### {name}\n\n{text}")
+    minutes = f"{(time.time() - begin) / 60:.1f} minutes"
+    print(f"{len(done)} of {sum(bool(job.updates) for job in jobs)} runs of the suite {args.suite} are finished; {minutes}")
+    if failed:
+        print(f"failed: {', '.join(failed)}; logs: {jobs[0].log.parent}", file=sys.stderr)
+        sys.exit(1)
+
+
+def work_off(jobs, parallel, title):
+    """Do what is not finished, `parallel` jobs at a time, each after those it depends on. -> names of those that failed"""
+    by_name, running, failed, told = {job.name: job for job in jobs}, {}, [], set()
+    waiting = [job for job in jobs if not job.finished()]
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=title, unit="run", mininterval=0.5 if sys.stderr.isatty() else 30)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
+    try:
+        while waiting or running:
+            for job in [*waiting]:
+                if len(running) >= parallel:
+                    break
+                if bad := [name for name in job.after if name in failed]:
+                    failed.append(job.name)
+                    tqdm.write(f"{job.name}: not started, {bad[0]} failed", file=sys.stderr)
+                elif job.finished():  # another process has done it
+                    bar.update()
+                elif not all(by_name[name].finished() for name in job.after):
+                    continue
+                elif process := start(job):
+                    running[job.name] = process
+                else:
+                    if job.name not in told:
+                        tqdm.write(f"{job.name}: another process is at it; waiting for that", file=sys.stderr)
+                    told.add(job.name)
+                    continue
+                waiting.remove(job)
+            for name, process in [*running.items()]:
+                if process.poll() is not None:
+                    del running[name]
+                    if problem := problem_of(by_name[name], process):
+                        failed.append(name)
+                        tqdm.write(problem, file=sys.stderr)
+                    else:
+                        bar.update()
+            bar.set_postfix_str(f"{len(running)} running, {len(failed)} failed", refresh=False)
+            time.sleep(0.2)
+    finally:
+        bar.close()
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave a child behind
+        stop(running.values())
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return failed
+
+
+def start(job):
+    """The job's process; None if another process is at it. The lock lies on the log, which the process holds open: it ends with
+    the process, whatever becomes of us."""
+    import fcntl
+
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        job.log_begin = log.tell()
+        log.write(f"$ {shlex.join(job.command)}\n".encode())
+        log.flush()
+        # a session of its own: Ctrl-C and Slurm's signals are for us, who then stop it
+        return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def stop(processes):
+    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        left = [process for process in processes if process.poll() is None]
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        deadline = time.time() + seconds
+        while any(process.poll() is None for process in left) and time.time() < deadline:
+            time.sleep(0.05)
+
+
+def problem_of(job, process):
+    """What to say of a job that has ended, with the last lines it printed; None if it has done its work."""
+    if process.returncode == 0 and job.finished():
+        return None
+    said = job.log.read_bytes()[job.log_begin :].decode(errors="replace")
+    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip()]
+    what = f"exit status {process.returncode}" if process.returncode else f"no result for {job.updates} updates"
+    return f"{job.name}: {what}; the end of {job.log}:\n" + "\n".join(f"    {line[:300]}" for line in lines[1:][-12:])
+
+
+class SlurmTask:
+    """One job as a task of a Slurm array. When Slurm pre-empts it or its time is up, submitit asks checkpoint() what to submit
+    in its place: the same command, which goes on from its last checkpoint."""
+
+    def __call__(self, job):
+        while not job.finished():
+            process = start(job)
+            if process is None:  # what is left of a pre-empted predecessor, or the same suite submitted twice
+                time.sleep(5)
+                continue
+            try:
+                process.wait()
+            finally:
+                stop([process])
+            if problem := problem_of(job, process):
+                raise RuntimeError(problem)
+
+    def checkpoint(self, job):
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, job)
+
+
+def submit(args, jobs):
+    try:
+        import cloudpickle
+        import submitit
+    except ImportError:
+        raise UserError("--slurm needs submitit: pip install submitit") from None
+    cloudpickle.register_pickle_by_value(suites)  # a task is sent whole: it imports nothing of ours, and starts in a second
+    options = dict(option.partition("=")[::2] for option in args.slurm_options)
+    waiting = [job for job in jobs if not job.finished()]
+    folder = jobs[0].log.parent / "slurm"
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=1_000)
+    executor.update_parameters(name=f"rewind-{args.suite}", timeout_min=24 * 60, slurm_array_parallelism=args.jobs or 1_000)
+    executor.update_parameters(cpus_per_task=args.threads or 1)
+    before = {}
+    for stage in sorted({depth(job, jobs) for job in waiting}):  # data, runs, runs that take a model from those
+        stage_jobs = [job for job in waiting if depth(job, jobs) == stage]
+        executor.update_parameters(slurm_additional_parameters=options | before)
+        array = executor.map_array(SlurmTask(), stage_jobs)[0].job_id.split("_")[0]
+        print(f"submitted {len(stage_jobs)} as array {array}{' '.join(['', *before.values()])}; output: {folder}")
+        before = {"dependency": f"afterany:{array}"}
+    if not waiting:
+        print("everything is finished")
+
+
+def depth(job, jobs):
+    return max((1 + depth(other, jobs) for other in jobs if other.name in job.after), default=0)
+
+
+def print_hours(jobs):
+    """Estimated hours by the newest (then the fullest) results/speed_*.json: updates, models and rollouts, nothing else."""
+    files = [(json.loads(file.read_text()), file) for file in sorted((ROOT / "results").glob("speed_*.json"))]
+    if not files:
+        return
+    facts, file = max(files, key=lambda pair: (pair[0]["date"], len(pair[0]["rows"])))
+    ms, rows = {row["case"]: row["ms"] for row in facts["rows"]}, {}
+    for job in jobs:
+        if job.updates and not job.finished():
+            rows.setdefault(job.row, []).append(suites.hours(job, ms))
+    machine = f"{facts['machine']}, {facts['threads']} threads, {facts['device']}"
+    print(f"hours of what is not finished, estimated from {file.name} ({machine}):", file=sys.stderr)
+    for row, estimates in rows.items():
+        each = f"{estimates[0]:8.1f} h each, {sum(estimates):8.1f} h" if None not in estimates else "not timed"
+        print(f"  {row:12s} {len(estimates):4d} runs {each}", file=sys.stderr)
+    known = [hours for estimates in rows.values() for hours in estimates if hours is not None]
+    print(f"  {'together':12s} {len(known):4d} runs {sum(known):30.1f} h", file=sys.stderr)
+
+
+# --- results and sweeps ---
 
 
 def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = ROOT / "results"):
     """Copy result.json and the evaluation lines of finished runs (default: all of runs/) to results/, where the tables find them."""
-    for folder in folders or sorted((ROOT / "runs").glob("*/")):
+    for folder in folders or sorted(file.parent for file in (ROOT / "runs").glob("*/config.json")):
         if (folder / "result.json").exists():
             target = out / folder.name
             target.mkdir(parents=True, exist_ok=True)
@@ -167,39 +409,23 @@ def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = RO
             print(f"{folder.name}: not finished, left out")
 
 
-def plot(results: Path = ROOT / "results", out: Path = ROOT / "figures"):
-    """Learning curves: a picture per task and data source, a line per run, a colour per algorithm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = {}
-    for file in sorted(results.glob("*/result.json")):
-        result = json.loads(file.read_text())
-        groups.setdefault((result["task"], result["dataset"]["source"]), []).append((result, file.parent))
-    if not groups:
-        sys.exit(f"error: no results in {results}; run `python benchmark.py collect` first")
-    out.mkdir(exist_ok=True)
-    for (task, source), runs in groups.items():
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        names = sorted({result["algorithm"] for result, _ in runs})
-        for result, folder in runs:
-            evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
-            points = [(e["update"], e["eval/normalized_score"]) for e in evals]
-            first = result is next(r for r, _ in runs if r["algorithm"] == result["algorithm"])
-            style = {"color": f"C{names.index(result['algorithm'])}", "label": result["algorithm"] if first else None}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.5, **style)
-        axes.set(title=f"{task} ({source} data)", xlabel="gradient updates", ylabel="normalized score")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(out / f"{task}__{source}.png", dpi=110)
-        print(out / f"{task}__{source}.png")
+def sweeps():
+    """Write the W&B sweeps of the suite `paper` into sweeps/."""
+    (ROOT / "sweeps").mkdir(exist_ok=True)
+    for name, text in suites.sweeps().items():
+        (ROOT / "sweeps" / name).write_text(text)
+        print(f"sweeps/{name}")
 
 
 app = tyro.extras.SubcommandApp()
-for command in (speed, collect, plot):
+for command in (run, collect, report.table, report.plot, sweeps, speed):
     app.command(command)
 
 if __name__ == "__main__":
-    app.cli(config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        app.cli(config=(tyro.conf.OmitArgPrefixes,))
+    except UserError as e:
+        sys.exit(e.report())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

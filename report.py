@@ -1,0 +1,344 @@
+"""Tables and pictures from raw results: `python benchmark.py table` and `plot`.
+
+A result is a folder with a run's result.json and its evaluation lines. Runs are averaged in cells, and runs in one cell differ
+in nothing but the seed: same task, data (source and sha256), algorithm, updates, evaluation, and flags that change training.
+"""
+
+import difflib
+import functools
+import itertools
+import json
+import re
+import shlex
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import trim_mean
+
+from suites import as_tokens, parse_flags
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent
+
+# Flags that change neither training nor evaluation, or stand in a column of their own.
+UNSEEN = {"env", "env-id", "exp-name", "seed", "dataset", "total-updates", "run-dir", "checkpoint-every", "log-every", "num-threads"}
+UNSEEN |= {"track", "no-track", "device", "dynamics-from", "wandb-project-name", "wandb-entity", "wandb-group", "expert-dataset"}
+
+
+@dataclass
+class Cell:
+    """Runs that may be averaged: they differ in nothing but the seed."""
+
+    task: str
+    source: str
+    algorithm: str
+    updates: int
+    flags: tuple[str, ...]
+    episodes: int
+    data: str  # sha256
+    experts: str  # sha256 of the demonstrations, where there are any
+    normalized: bool
+    runs: list  # (result, evaluations as (update, score)), by seed
+
+    @property
+    def last(self):
+        return [points[-1][1] for _, points in self.runs if points]
+
+
+def training_flags(command):
+    """The flags of a command that change training or evaluation, sorted; of an old result without a command: unknown."""
+    if command is None:
+        return ("not recorded",)
+    flags = sorted((k, v) for k, v in parse_flags(command[1:]).items() if k not in UNSEEN)
+    return tuple(shlex.join(as_tokens({k: v})) for k, v in flags)
+
+
+def cells_of(folders):
+    """The results in `folders`, in cells that share task, data, algorithm, updates and flags, ordered."""
+    cells = {}
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        file = next((folder / name for name in ("evals.jsonl", "metrics.jsonl") if (folder / name).exists()), None)
+        if file is None:
+            raise UserError(f"{folder}: no evals.jsonl beside result.json; `python benchmark.py collect` copies both")
+        lines = [json.loads(line) for line in file.read_text().splitlines() if '"eval/' in line]
+        normalized = result["normalized_score"] is not None
+        points = [(line["update"], line["eval/normalized_score" if normalized else "eval/return"]) for line in lines]
+        ends = (result["updates"], result["normalized_score" if normalized else "return_mean"])
+        if result["eval_episodes"] and (not points or points[-1] != ends):
+            raise UserError(f"{folder}: result.json and {file.name} disagree about the last evaluation; collect the run again")
+        data, flags = result["dataset"], training_flags(result.get("command"))
+        source = data["source"] if data["source"] != "file" else data["id"]
+        shas = (data["sha256"][:12], data.get("expert", {"sha256": ""})["sha256"][:12])
+        key = (result["task"], source, result["algorithm"], result["updates"], flags, result["eval_episodes"], *shas, normalized)
+        cells.setdefault(key, Cell(*key, [])).runs.append((result, points))
+    for cell in cells.values():
+        cell.runs.sort(key=lambda run: run[0]["seed"])
+        seeds = [result["seed"] for result, _ in cell.runs]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{cell.task}, {cell.algorithm}: two results of one seed ({seeds}) in one cell")
+    order = {name: i for i, name in enumerate(PRINTED)}
+    return sorted(cells.values(), key=lambda c: (c.task, c.source, order.get(c.algorithm, 99), c.algorithm, c.updates, c.flags, c.data))
+
+
+# --- table ---
+
+# Our name -> name in published tables (results/published.json), whose task names are D4RL's without the version.
+PRINTED = {
+    "bc": "BC", "bc_uniform": "BC", "cql": "CQL", "romi_cql": "ROMI-CQL", "bcq": "BCQ", "fomi_bcq": "FOMI-BCQ",
+    "romi_bcq": "ROMI-BCQ", "romi_bcq_rbc": "ROMI-RBC-BCQ", "sac": "SAC", "mbpo": "MBPO", "mopo": "MOPO", "combo_cql": "CQL",
+    "combo": "COMBO", "atac": "ATAC", "armor": "ARMOR", "bc_expert": "BC-exp", "uds_iql": "UDS", "sra_iql": "SRA",
+}  # fmt: skip
+
+
+@functools.cache
+def published_numbers():
+    return json.loads((ROOT / "results" / "published.json").read_text())
+
+
+def published(task, algorithm, normalized):
+    """What others printed for it, at most one entry a kind: the paper, who quotes it, who reproduced it. Of several tables of a
+    kind the one that stands first in the file."""
+    everything, found = published_numbers(), {}
+    for name, table in everything["tables"].items():
+        for entry in everything["entries"]:
+            same = entry["task"] == re.sub(r"-v\d$", "", task) and entry["algorithm"] == PRINTED.get(algorithm)
+            if same and entry["table"] == name and (table["unit"] == "normalized") == normalized:
+                found.setdefault(table["kind"], entry | {"source": table["source"], "same_data": entry["version"] in (None, task[-2:])})
+    return list(found.values())
+
+
+def spread(values):
+    """Mean, and the standard deviation of a sample (n - 1) where there is more than one value."""
+    if not values:
+        return "-"
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def iqm(strata, resamples=10_000):
+    """Interquartile mean of all values, and its 95 % interval by the stratified bootstrap: seeds are drawn anew within each
+    task (Agarwal et al. 2021, arXiv:2108.13264)."""
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([np.asarray(values)[rng.integers(len(values), size=(resamples, len(values)))] for values in strata], 1)
+    low, high = np.percentile(trim_mean(drawn, 0.25, axis=1), [2.5, 97.5])
+    return trim_mean(np.concatenate(strata), 0.25), low, high
+
+
+def iqm_cell(strata):
+    if min(map(len, strata)) < 3:
+        return "-"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*iqm(strata))
+
+
+def markdown(titles, rows):
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def thousands(n):
+    return f"{n:,}".replace(",", " ")
+
+
+def code(flags):
+    return " ".join(flags) if flags == ("not recorded",) else f"`{' '.join(flags)}`" if flags else "-"
+
+
+def task_table(cells):
+    """One task on data from one source."""
+    fewest = min(cell.updates for cell in cells)
+    differ = any(cell.updates != fewest for cell in cells)
+    shared = [flag for flag in cells[0].flags if len(cells) > 1 and flag[:2] == "--" and all(flag in cell.flags for cell in cells)]
+    several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in ("data", "experts")}
+    rows = []
+    for cell in cells:
+        tails = [np.mean([y for _, y in points[-10:]]) for _, points in cell.runs if points]
+        row = [cell.algorithm, thousands(cell.updates), ", ".join(str(result["seed"]) for result, _ in cell.runs)]
+        row += [spread(cell.last), iqm_cell([cell.last]), spread(tails)]
+        row += [spread([dict(points)[fewest] for _, points in cell.runs if fewest in dict(points)])] if differ else []
+        row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
+        row += [f"{statistics.median(result['wall_time_s'] for result, _ in cell.runs) / 3600:.1f} h"]
+        apart = [f" ({name} {getattr(cell, name)})" for name in several if several[name] and getattr(cell, name)]
+        rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
+    titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
+    titles += [f"at {thousands(fewest)}"] if differ else []
+    unit = "D4RL's normalised score" if cells[0].normalized else "Return"
+    episodes = " or ".join(str(n) for n in sorted({cell.episodes for cell in cells}))
+    legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds. Data: {cells[0].source}"
+    if not several["data"]:
+        legend += f", {thousands(cells[0].runs[0][0]['dataset']['transitions'])} transitions, sha256 {cells[0].data}"
+    legend += f". Flags of all: {code(shared)}" if shared else ""
+    return markdown([*titles, "published", "wall time", "flags"], rows) + f"\n{legend}.\n"
+
+
+def quotation(entry):
+    std, version = ("" if entry["std"] is None else f" ± {entry['std']:.1f}"), ("" if entry["same_data"] else f", {entry['version']} data")
+    return f"{entry['mean']:.1f}{std} ({entry['table']}{version})"
+
+
+def aggregate_table(cells):
+    """Rows over all tasks on which an algorithm was run alike; '' if there is none with several. Data sources stay apart."""
+    alike = {}
+    for cell in cells:
+        if cell.normalized and cell.last:
+            alike.setdefault((cell.algorithm, cell.updates, cell.flags), []).append(cell)
+    rows = []
+    for (algorithm, updates, flags), group in alike.items():
+        tasks = [cell.task for cell in group]
+        if 1 < len(set(tasks)) == len(tasks):
+            entries = [published(task, algorithm, True) for task in tasks]
+            names = [{entry["table"]: entry["mean"] for entry in found} for found in entries]
+            known = [name for name in names[0] if all(name in other for other in names)]
+            theirs = ", ".join(f"{np.mean([other[name] for other in names]):.1f} ({name})" for name in known)
+            values = [cell.last for cell in group]
+            row = [algorithm, thousands(updates), str(len(tasks)), str(sum(map(len, values))), iqm_cell(values)]
+            rows.append([*row, f"{np.mean([np.mean(v) for v in values]):.1f}", theirs or "-", code(flags), ", ".join(tasks)])
+    titles = ["algorithm", "updates", "tasks", "runs", "IQM [95 %]", "mean over tasks", "published mean", "flags", "which tasks"]
+    return markdown(titles, rows) if rows else ""
+
+
+def speed_table(file):
+    facts = json.loads(file.read_text())
+    rows = []
+    for row in facts["rows"]:
+        cells = [row["case"], f"{row['ms']:.2f}", f"{row['gflop']:.2f}", f"{row['gflop'] / row['ms'] * 1e3:.0f}"]
+        cells += [f"{row['matrix_gflop_s']:.0f}", f"{row['share']:.0%}"]
+        rows.append([*cells, *(f"{row[k]:g}" if row.get(k) else "-" for k in ("known_ms", "target_ms"))])
+    legend = f"{facts['machine']}, {facts['device']}, {facts['threads']} threads{', compiled' * facts['compile']}, torch {facts['torch']}"
+    legend += f", {facts['date']}" + (f" ({facts['note']})" if "note" in facts else "")
+    return markdown(["case", "ms", "GFLOP", "GFLOP/s", "matrix rate", "share", "known ms", "target ms"], rows) + f"\n{legend}.\n"
+
+
+def tables(folders, speed_files=()):
+    """Name -> text of every table that the results in `folders` make."""
+    made, cells = {}, cells_of(folders)
+    for (task, source), group in itertools.groupby(cells, lambda cell: (cell.task.replace("/", "-"), cell.source)):
+        made[f"{task}__{source}"] = task_table([*group])
+    for source in sorted({cell.source for cell in cells}):
+        if text := aggregate_table([cell for cell in cells if cell.source == source]):
+            made[f"aggregate__{source}"] = text
+    if quoted := {entry["table"] for cell in cells for entry in published(cell.task, cell.algorithm, cell.normalized)}:
+        rows = [[name, table["source"], table["kind"].replace("_", " ")] for name, table in published_numbers()["tables"].items()]
+        made["published"] = markdown(["published", "where", "kind"], [row for row in rows if row[0] in quoted])
+    return made | {file.stem: speed_table(file) for file in speed_files}
+
+
+def fill(page, made, name):
+    """The page with each table between its markers."""
+    marker = re.compile(r"<!-- table: (\S+) -->\n(?:(?!<!-- table: ).)*?<!-- end -->", re.S)
+    found = marker.findall(page)
+    if len(found) != page.count("<!-- table: "):
+        raise UserError(f"{name}: a table begins and does not end; each needs <!-- table: NAME --> and <!-- end -->")
+    if unknown := [table for table in found if table not in made]:
+        raise UserError(f"{name}: no results for the table {unknown[0]}; there are {', '.join(made)}")
+    if missing := [table for table in made if table not in found]:
+        raise UserError(f"{name}: no place for a table; write <!-- table: {missing[0]} --> and, below, <!-- end --> where it belongs")
+    return marker.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}<!-- end -->", page)
+
+
+def results_in(results):
+    folders = sorted(file.parent for file in results.glob("*/result.json"))
+    if not folders:
+        raise UserError(f"{results}: no finished run there; see `python benchmark.py run` and `collect`")
+    return folders
+
+
+def table(results: Path = ROOT / "results", page: Path | None = None, check: bool = False):
+    """Write the tables of all results into benchmarks.md, between markers (results elsewhere: into a page of their own there).
+
+    Args:
+        results: folder of runs, or of what `collect` copied of them
+        page: None: benchmarks.md, for results elsewhere <results>/benchmarks.md
+        check: change nothing; end with status 1 if the page's tables are not those of the results
+    """
+    here = results.resolve() == ROOT / "results"
+    page = page or (ROOT / "benchmarks.md" if here else results / "benchmarks.md")
+    made = tables(results_in(results), sorted(results.glob("speed_*.json")))
+    if page.exists():
+        old = page.read_text()
+    else:
+        old = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->\n\n" for name in made)
+    new = fill(old, made, page.name)
+    if not check:
+        page.write_text(new)
+        print(f"{page}: {', '.join(made)}")
+    elif new != old:
+        print("".join(difflib.unified_diff(*(t.splitlines(True) for t in (old, new)), page.name, "rebuilt", n=0)))
+        sys.exit(f"error: {page.name} is not what the results say; run `python benchmark.py table`")
+
+
+# --- plot ---
+
+
+def plot(results: Path = ROOT / "results", out: Path | None = None):
+    """Pictures of all results, PNG and SVG: learning curves of each task and data source (line: mean, band: smallest to largest
+    over seeds), and last evaluations beside published numbers.
+
+    Args:
+        results: folder of runs, or of what `collect` copied of them
+        out: None: figures/, for results elsewhere <results>/figures
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rewind"  # the same picture gives the same file
+    import matplotlib.pyplot as plt
+
+    out = out or (ROOT / "figures" if results.resolve() == ROOT / "results" else results / "figures")
+    out.mkdir(parents=True, exist_ok=True)
+    cells = cells_of(results_in(results))
+
+    everything = [*PRINTED, *sorted({cell.algorithm for cell in cells} - PRINTED.keys())]
+    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(everything)}  # the same in every picture
+
+    def save(figure, name):
+        figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+        print(out / f"{name}.png")
+
+    for (task, source), group in itertools.groupby(cells, lambda cell: (cell.task, cell.source)):
+        group = [cell for cell in group if cell.last]
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for cell in group:
+            x = [update for update, _ in cell.runs[0][1]]
+            y = np.array([[score for _, score in points] for _, points in cell.runs])
+            same = [other for other in group if other.algorithm == cell.algorithm]
+            label = f"{cell.algorithm}, {len(y)} seed{'s' * (len(y) > 1)}"
+            label += f", {thousands(cell.updates)} {' '.join(cell.flags)}"[:60] if len(same) > 1 else ""
+            style = {"color": colours[cell.algorithm], "linestyle": ("-", "--", ":", "-.")[same.index(cell) % 4]}
+            axes.plot(x, y.mean(0), marker="o", markersize=3, linewidth=1.5, label=label, **style)
+            axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
+        unit = "normalized score" if group and group[0].normalized else "return"
+        axes.set(title=f"{task} ({source} data)", xlabel="gradient updates", ylabel=unit)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, title="line: mean over seeds, band: smallest to largest", title_fontsize=8)
+        save(figure, f"{task.replace('/', '-')}__{source}")
+
+    for source in sorted({cell.source for cell in cells}):
+        chosen = {}  # the longest runs of an algorithm on a task, of those the most seeds
+        for cell in sorted(cells, key=lambda cell: (cell.updates, len(cell.last))):
+            if cell.source == source and cell.normalized and cell.last:
+                chosen[cell.task, cell.algorithm] = cell
+        if not chosen:
+            continue
+        tasks, names = sorted({t for t, _ in chosen}), [name for name in everything if any(name == a for _, a in chosen)]
+        width = 0.8 / len(names)
+        figure, axes = plt.subplots(figsize=(max(7, 4 + 0.35 * len(names) * len(tasks)), 4.2), layout="constrained")
+        diamonds = []
+        for i, name in enumerate(names):
+            where = [(tasks.index(t) + (i - (len(names) - 1) / 2) * width, cell) for (t, a), cell in chosen.items() if a == name]
+            x, means = [x for x, _ in where], [np.mean(cell.last) for _, cell in where]
+            error = [np.std(cell.last, ddof=1) if len(cell.last) > 1 else 0 for _, cell in where]
+            updates = sorted({thousands(cell.updates) for _, cell in where})
+            axes.bar(x, means, width * 0.9, yerr=error, label=f"{name}, {' or '.join(updates)} updates", color=colours[name])
+            diamonds += [(x, found[0]["mean"]) for x, cell in where if (found := published(cell.task, name, True))]
+        if diamonds:
+            axes.plot(*zip(*diamonds, strict=True), "kD", markersize=5, label="published, D4RL's data")
+        axes.set(title=f"last evaluation ({source} data)", ylabel="normalized score", xticks=range(len(tasks)), xticklabels=tasks)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        figure.legend(fontsize=8, title="mean and standard deviation over seeds", title_fontsize=8, loc="outside right upper")
+        save(figure, f"published__{source}")

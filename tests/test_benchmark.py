@@ -1,0 +1,517 @@
+"""benchmark.py, suites.py, report.py: tables by hand-worked numbers, runs that are skipped, resumed, fail and are killed."""
+
+import importlib
+import itertools
+import json
+import os
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import tyro
+import yaml
+from test_runs import data_file  # noqa: F401 - a fixture
+
+import benchmark
+import report
+import suites
+from suites import Job
+from utils import Dataset, UserError, parse_task
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = ROOT.parent / "shared" / "spec" / "paper_results.json"
+SCRIPTS = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
+
+
+# --- tables ---
+
+
+def made_up(results, algorithm, seed, scores, task="hopper-medium-v2", source="d4rl", flags=(), every=1000, **more):
+    """A result with an evaluation every 1000 updates; all else alike unless it is given."""
+    updates = every * len(scores)
+    result = {"task": task, "algorithm": algorithm, "seed": seed, "updates": updates, "normalized_score": scores[-1]}
+    result |= {"return_mean": 10 * scores[-1], "eval_episodes": 10, "wall_time_s": 3600.0 * (1 + seed)}
+    result |= {"dataset": {"id": task, "source": source, "sha256": "ab" * 32, "transitions": 1_234_567}}
+    result |= {"command": ["x.py", "--env", task, "--seed", str(seed), *flags]} | more
+    folder = results / f"{task}__{algorithm}__{seed}__{source}__{len(list(results.glob('*')))}"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    rows = [{"update": every * (i + 1), "eval/normalized_score": y, "eval/return": 10 * y} for i, y in enumerate(scores)]
+    if result["normalized_score"] is None:
+        rows = [row | {"eval/normalized_score": None} for row in rows]
+    (folder / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tables(results):
+    return report.tables(report.results_in(results))
+
+
+def rows_of(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    titles, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    return [dict(zip(titles, row, strict=True)) for row in rows]
+
+
+def test_a_row_by_hand(tmp_path):
+    for seed, last in enumerate((10.0, 20.0, 60.0)):
+        made_up(tmp_path, "cql", seed, [100.0, 100.0, *[5.0] * 9, last], flags=["--gamma", "0.9", "--num-threads", str(seed)])
+    (row,) = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
+    assert row["algorithm"] == "cql" and row["updates"] == "12 000" and row["seeds"] == "0, 1, 2"
+    assert row["last evaluation"] == "30.0 ± 26.5"  # sqrt((20² + 10² + 30²) / 2) = 26.46
+    # of three values a quarter is none; 1 draw in 27 is three times the smallest, more than 2.5 %
+    assert row["IQM [95 %]"] == "30.0 [10.0, 60.0]"
+    assert row["mean of the last 10"] == "7.5 ± 2.6"  # 5.5, 6.5, 10.5
+    assert row["published"] == "66.6 ± 4.1 (ROMI-T2), 86.6 (ARMOR-T1), 59.1 ± 4.1 (OfflineRL-Kit)"
+    assert row["wall time"] == "2.0 h" and row["flags"] == "`--gamma 0.9`"
+
+
+def test_one_seed_has_no_spread_and_two_no_interval(tmp_path):
+    for seed in (0, 1):
+        made_up(tmp_path, "combo", seed, [4.0, 6.0 + seed])
+    made_up(tmp_path, "mopo", 0, [3.0])
+    mopo, combo = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
+    assert mopo["last evaluation"] == "3.0" and combo["last evaluation"] == "6.5 ± 0.7"
+    assert mopo["IQM [95 %]"] == combo["IQM [95 %]"] == "-"
+    assert mopo["at 1 000"] == "3.0" and combo["at 1 000"] == "4.0 ± 0.0"  # where the shortest ended
+
+
+def test_interquartile_mean_and_its_interval():
+    assert report.iqm([[1, 2, 3, 4, 5, 6, 7, 100]])[0] == 4.5  # 3, 4, 5, 6 are left
+    a, b = [1.0, 2.0, 3.0], [10.0, 20.0, 60.0]
+    middle, low, high = report.iqm([a, b])
+    assert middle == pytest.approx((2 + 3 + 10 + 20) / 4)
+    # every way to draw three seeds of each task anew
+    exact = [np.mean(np.sort([*x, *y])[1:5]) for x in itertools.product(a, repeat=3) for y in itertools.product(b, repeat=3)]
+    assert low == pytest.approx(np.percentile(exact, 2.5), abs=0.35) and high == pytest.approx(np.percentile(exact, 97.5), abs=0.35)
+    values = np.random.default_rng(1).normal(50, 10, (3, 8))
+    theirs = scipy.stats.bootstrap(
+        list(values), lambda x, y, z, axis: scipy.stats.trim_mean(np.concatenate([x, y, z], axis), 0.25, axis), method="percentile",
+        n_resamples=10_000, vectorized=True, rng=2,
+    ).confidence_interval  # fmt: skip
+    assert report.iqm(values)[1:] == pytest.approx(theirs, abs=0.3)
+    assert report.iqm(values) == report.iqm(values)
+
+
+OTHERS = [
+    {"source": "bundled"}, {"scores": [2.0, 2.0]}, {"flags": ["--gamma", "0.9"]}, {"eval_episodes": 20}, {"task": "hopper-expert-v2"},
+    {"dataset": {"id": "x", "source": "d4rl", "sha256": "cd" * 32, "transitions": 1}}, {"command": None},
+    {"dataset": {"id": "x", "source": "d4rl", "sha256": "ab" * 32, "transitions": 1, "expert": {"sha256": "ef" * 32}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_runs_that_differ_are_never_averaged(tmp_path, other):
+    made_up(tmp_path, "cql", 0, [1.0])
+    folder = made_up(tmp_path, "cql", 1, **({"scores": [2.0]} | other))
+    cells = report.cells_of([*report.results_in(tmp_path)])
+    assert sorted(cell.last for cell in cells) == [[1.0], [2.0]]
+    for row in (row for name, text in tables(tmp_path).items() if "hopper" in name for row in rows_of(text)):
+        assert row["seeds"] in "01" and "±" not in row["last evaluation"]
+    (folder / "result.json").write_text((folder / "result.json").read_text().replace('"seed": 1', '"seed": 0'))
+    assert len(report.cells_of(report.results_in(tmp_path))) == 2  # one seed may stand in two rows,
+
+
+def test_one_seed_counts_once(tmp_path):
+    made_up(tmp_path, "cql", 0, [1.0])
+    made_up(tmp_path, "cql", 0, [2.0])  # but not twice in one
+    with pytest.raises(UserError, match="two results of one seed"):
+        tables(tmp_path)
+
+
+def test_flags_that_change_no_update_do_not_divide(tmp_path):
+    made_up(tmp_path, "cql", 0, [1.0], flags=["--run-dir", "a", "--bf16", "--hidden", "3", "4"])
+    made_up(tmp_path, "cql", 1, [2.0], flags=["--hidden", "3", "4", "--track", "--bf16", "--dynamics_from=b", "--checkpoint-every", "7"])
+    (row,) = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
+    assert row["seeds"] == "0, 1" and row["flags"] == "`--bf16 --hidden 3 4`"
+    for script in SCRIPTS:
+        assert {name.replace("_", "-") for name in importlib.import_module(script).BOOKKEEPING} <= report.UNSEEN
+
+
+def test_tasks_without_reference_show_returns(tmp_path):
+    made_up(tmp_path, "mopo", 0, [1.5, 2.5], task="halfcheetah-jump-v1", source="generated", normalized_score=None)
+    text = tables(tmp_path)["halfcheetah-jump-v1__generated"]
+    assert rows_of(text)[0]["last evaluation"] == "25.0" and "Return" in text and "normalised" not in text
+    assert rows_of(text)[0]["published"] == "4016.6 ± 144.0 (MOPO-slides-OOD)"
+
+
+def test_aggregate_over_tasks(tmp_path):
+    scores = {"hopper-medium-v2": (1.0, 2.0, 3.0), "walker2d-medium-v2": (10.0, 20.0, 60.0)}
+    for task, lasts in scores.items():
+        for seed, last in enumerate(lasts):
+            made_up(tmp_path, "cql", seed, [last], task=task)
+            made_up(tmp_path, "combo", seed, [last, last][: 1 + (task == "hopper-medium-v2")], task=task)  # not alike
+    made_up(tmp_path, "cql", 0, [99.0], task="halfcheetah-medium-v2", source="bundled")
+    made = tables(tmp_path)
+    (row,) = rows_of(made["aggregate__d4rl"])
+    assert row["algorithm"] == "cql" and row["tasks"] == "2" and row["runs"] == "6" and row["mean over tasks"] == "16.0"
+    assert row["IQM [95 %]"] == "{:.1f} [{:.1f}, {:.1f}]".format(*report.iqm([*scores.values()])) and row["IQM [95 %]"].startswith("8.8 [")
+    assert "75.2 (ROMI-T2)" in row["published mean"]  # 66.6 and 83.8
+    assert "aggregate__bundled" not in made
+
+
+@pytest.fixture
+def page(tmp_path):
+    results = tmp_path / "results"
+    made_up(results, "cql", 0, [1.0, 12.5])
+    report.table(results)
+    return results / "benchmarks.md"
+
+
+def test_check_sees_a_changed_number(page, capsys):
+    good = page.read_text()
+    assert "12.5" in good and "<!-- end -->" in good
+    report.table(page.parent, check=True)
+    page.write_text(good.replace("12.5", "13.5"))
+    with pytest.raises(SystemExit) as stopped:
+        report.table(page.parent, check=True)
+    assert stopped.value.code not in (0, None) and "-| cql | 2 000 | 0 | 13.5" in capsys.readouterr().out
+    assert "13.5" in page.read_text()  # it only looks
+    page.write_text(page.read_text() + "words around the table stay\n")
+    report.table(page.parent)
+    assert page.read_text() == good + "words around the table stay\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<!-- table: hopper-medium-v2__d4rl -->", "", "no place for a table"),
+        ("<!-- end -->", "", "begins and does not end"),
+        ("<!-- table: hopper-medium-v2__d4rl -->", "<!-- table: hopper__d4rl -->", "no results for the table hopper__d4rl"),
+    ],
+)
+def test_markers_have_to_fit(page, old, new, message):
+    page.write_text(page.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        report.table(page.parent)
+
+
+def test_a_result_has_to_agree_with_its_curve(tmp_path):
+    folder = made_up(tmp_path, "cql", 0, [1.0, 2.0])
+    (folder / "result.json").write_text((folder / "result.json").read_text().replace('"normalized_score": 2.0', '"normalized_score": 3.0'))
+    with pytest.raises(UserError, match="disagree"):
+        tables(tmp_path)
+    (folder / "evals.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no evals\.jsonl"):
+        tables(tmp_path)
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    report.table(check=True)
+
+
+def test_published_numbers_are_the_papers():
+    (found,) = report.published("hopper-medium-replay-v2", "romi_cql", True)
+    assert (found["mean"], found["std"], found["table"]) == (98.1, 2.6, "ROMI-T2")
+    assert {row.name for row in suites.SUITES["paper"].rows} <= report.PRINTED.keys()
+    size = (ROOT / "results" / "published.json").stat().st_size
+    assert size < 60_000
+    if not PAPERS.exists():
+        pytest.skip("their source is not here")
+    theirs = {
+        (e["task"].rsplit("-v", 1)[0], e["algorithm"], e["table"], e["mean"], e["std"], e["unit"], e["kind"])
+        for e in json.loads(PAPERS.read_text())["entries"]
+    }
+    numbers = report.published_numbers()
+    for e in numbers["entries"]:
+        about = numbers["tables"][e["table"]]
+        assert (e["task"], e["algorithm"], e["table"], e["mean"], e["std"], about["unit"], about["kind"]) in theirs
+
+
+def test_pictures_show_the_cells_and_are_the_same_every_time(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    for seed in range(3):
+        made_up(tmp_path / "results", "cql", seed, [1.0, 2.0 + seed, 4.0 * seed])
+    drawn = []
+    for name in ("plot", "fill_between", "bar"):
+        plain = getattr(Axes, name)
+        monkeypatch.setattr(Axes, name, lambda self, *a, name=name, plain=plain, **k: drawn.append((name, a, k)) or plain(self, *a, **k))
+    report.plot(tmp_path / "results", tmp_path / "a")
+    (_, (x, mean), style), (_, (_, low, high), _), (_, (_, bars, _), errors), (_, diamonds, _) = drawn
+    assert x == [1000, 2000, 3000] and mean.tolist() == [1, 3, 4] and style["label"] == "cql, 3 seeds"
+    assert low.tolist() == [1, 2, 0] and high.tolist() == [1, 4, 8]
+    assert bars == [4.0] and errors["yerr"] == [4.0] and diamonds[1] == (66.6,)
+    report.plot(tmp_path / "results", tmp_path / "b")
+    pictures = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    assert pictures == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    assert sorted(pictures) == [f"{stem}.{kind}" for stem in ("hopper-medium-v2__d4rl", "published__d4rl") for kind in ("png", "svg")]
+
+
+# --- suites ---
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_every_run_of_a_suite_is_one_its_script_takes(name, tmp_path):
+    suite = suites.SUITES[name]
+    jobs = suites.expand(name, tmp_path)  # the scripts read and check the flags
+    runs = [job for job in jobs if job.updates]
+    assert len({job.folder for job in jobs}) == len({job.log for job in jobs}) == len(jobs)
+    assert len(runs) == sum(len(row.tasks) * len(row.seeds or suite.seeds) for row in suite.rows if row.script in SCRIPTS)
+    assert {row.script for row in suite.rows} >= set(SCRIPTS) and all(job.name.count("__") in (2, 3) for job in runs)
+    above = set()
+    for job in jobs:
+        assert set(job.after) <= above
+        above.add(job.name)
+
+
+def test_who_borrows_a_model_would_have_trained_the_same(tmp_path):
+    data = Dataset(*[None] * 7, sha256="x")
+    direction = {"romi_cql": "reverse", "romi_bcq": "reverse", "mopo": "forward", "combo": "forward", "fomi_bcq": "forward"}
+
+    def key(job):
+        m = importlib.import_module(job.script)
+        args = m.resolve(tyro.cli(m.Args, args=job.command[2:]), parse_task("hopper-medium-replay"))
+        return m.model_key(direction[job.script], args, data)
+
+    borrowed = 0
+    for name in suites.SUITES:
+        jobs = {job.name: job for job in suites.expand(name, tmp_path, seeds=(0,))}
+        for job in jobs.values():
+            if "--dynamics-from" in job.command:
+                lender = jobs[Path(job.command[job.command.index("--dynamics-from") + 1]).name]
+                assert key(job) == key(lender) and lender.trains_model and not job.trains_model
+                borrowed += 1
+    assert borrowed >= 5
+
+
+def test_expansion(tmp_path, monkeypatch):
+    rows = [suites.Row("mopo", "mopo", ("hopper-medium",), "--bf16"), suites.Row("none", "no_such_script", ("hopper-medium",))]
+    rows += [suites.Row("mbpo", "mopo", ("hopper-medium",), "--penalty-coef 0", model_of="mopo")]
+    monkeypatch.setitem(suites.SUITES, "paper", suites.Suite(rows, flags="--gamma 0.9", seeds=(4, 5)))
+    jobs = suites.expand("paper", tmp_path, threads=3, extra=["--gamma", "0.8", "--eval-every", "7"])
+    assert [job.name for job in jobs] == [f"hopper-medium-v2__{name}__{seed}" for name in ("mopo", "mbpo") for seed in (4, 5)]
+    assert jobs[0].command[1:] == shlex.split(
+        "algorithms/mopo.py --env hopper-medium --exp-name mopo --dataset d4rl --gamma 0.8 --bf16 --num-threads 3 --eval-every 7 "
+        f"--run-dir {tmp_path} --seed 4"
+    )
+    assert jobs[3].command[-2:] == ["--dynamics-from", str(jobs[1].folder)] and jobs[3].after == (jobs[1].name,)
+    assert jobs[0].updates == 3_000_000 and jobs[0].folder == tmp_path / "hopper-medium-v2__mopo__4"
+    assert [job.name for job in suites.expand("paper", tmp_path, only="mbpo__5")] == [jobs[1].name, jobs[3].name]  # and its lender
+    assert [job.name for job in suites.expand("paper", tmp_path, seeds=(7,), extra=["--total-updates", "9"])] == [
+        "hopper-medium-v2__mopo__7", "hopper-medium-v2__mbpo__7"
+    ]  # fmt: skip
+    wrong = {"--gama": "does not take", "--gamma": "at most 1", "--dataset": "name it", "--seed": "see --only, --seeds"}
+    for bad, message in zip((["--gama", "1"], ["--gamma", "2"], ["--dataset", "auto"], ["--seed", "1"]), wrong.values(), strict=True):
+        with pytest.raises(UserError, match=message):
+            suites.expand("paper", tmp_path, extra=bad)
+    with pytest.raises(UserError, match="--only nothing"):
+        suites.expand("paper", tmp_path, only="nothing")
+
+
+def test_hours_by_hand():
+    job = Job("x", ["python", "x.py"], Path(), Path(), 1_000_000, row="mopo", script="mopo", trains_model=True)
+    ms = {"mopo update": 3.6, "mopo rollout of 250 000 rows": 1800.0, "dynamics step": 9.0}
+    assert suites.hours(job, ms) == pytest.approx(1.0 + 0.5 + 0.5)  # updates, 1000 rollouts, 200 000 steps
+    assert suites.hours(replace(job, trains_model=False), ms) == pytest.approx(1.5)
+    assert suites.hours(replace(job, command=["--bf16"], trains_model=False), ms | {"mopo update, bf16": 1.8}) == pytest.approx(1.0)
+    assert suites.hours(job, {"mopo update": 3.6}) is None
+
+
+def test_sweeps_are_the_paper_suite_as_the_agent_will_type_it(monkeypatch, tmp_path):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    files = suites.sweeps()
+    assert files == {p.name: p.read_text() for p in (ROOT / "sweeps").glob("*.yaml")}
+    runs = {job.name for job in suites.expand("paper", tmp_path) if not job.name.endswith("__generated")}
+    for text in files.values():
+        sweep = yaml.safe_load(text)
+        script = Path(sweep["program"]).stem
+        if script not in SCRIPTS:
+            continue
+        m = importlib.import_module(script)
+        assert sweep["method"] == "grid" and sweep["parameters"].keys() == {"env", "seed"}
+        words = create_sweep_command([*sweep["command"]])[3:]
+        filled = create_sweep_command_args({"args": {k: {"value": v["values"][0]} for k, v in sweep["parameters"].items()}})["args"]
+        args = tyro.cli(m.Args, args=[w for word in words for w in (filled if word == "${args}" else [word])])
+        assert args.track and args.dataset == "d4rl" and args.env == sweep["parameters"]["env"]["values"][0] and args.seed == 0
+        for env, seed in itertools.product(*(sweep["parameters"][k]["values"] for k in ("env", "seed"))):
+            task = parse_task(env)
+            runs.remove(f"{task.slug}__{m.resolve(replace(args, env=env), task).exp_name}__{seed}")  # each of them once
+    assert not runs
+
+
+# --- run ---
+
+FAKE = """
+import json, pathlib, sys, time
+folder, updates, fail_at, pace = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parent / "starts", "a") as f: f.write(folder.name + "\\n")
+at = folder / "at"
+for i in range(int(at.read_text()) if at.exists() else 0, updates):
+    if i == fail_at: sys.exit("error: no step " + str(i))
+    print("step", i, flush=True); time.sleep(pace); at.write_text(str(i + 1))
+(folder / "result.json").write_text(json.dumps({"updates": updates}))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A job that counts up to `updates` in files, goes on where it was cut, and fails at a step if it is told to."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+
+    def job(name, updates=3, fail_at=-1, pace=0.0, after=()):
+        folder = tmp_path / "runs" / name
+        command = [sys.executable, "-S", str(script), str(folder), str(updates), str(fail_at), str(pace)]
+        return Job(name, command, folder, tmp_path / "logs" / f"{name}.log", updates, after)
+
+    return job
+
+
+def starts(job):
+    return (job.folder.parent / "starts").read_text().split()
+
+
+def test_finished_runs_are_skipped_and_dependent_ones_wait(fake):
+    done, more, lender, borrower = fake("done"), fake("more"), fake("lender", pace=0.1), fake("borrower", after=("lender",))
+    for job, updates in ((done, 3), (more, 2)):
+        job.folder.mkdir(parents=True)
+        (job.folder / "result.json").write_text(json.dumps({"updates": updates}))
+    assert benchmark.work_off([done, borrower, more, lender], 3, "test") == []
+    assert sorted(starts(done)) == ["borrower", "lender", "more"] and starts(done)[-1] == "borrower"
+    assert all(job.finished() for job in (done, more, lender, borrower))
+    assert benchmark.work_off([done, borrower, more, lender], 3, "test") == [] and len(starts(done)) == 3
+
+
+def test_a_failed_run_is_reported_with_its_last_lines_and_the_others_go_on(fake, capsys, monkeypatch):
+    jobs = [fake("bad", updates=30, fail_at=20), fake("borrower", after=("bad",)), fake("good"), fake("liar")]
+    jobs[3].command[4] = "2"  # ends well, but has made 2 updates of 3
+    monkeypatch.setattr(benchmark.suites, "expand", lambda *a: jobs)
+    monkeypatch.setattr(benchmark.report, "tables", lambda folders: {})
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.run(benchmark.RunSuite("smoke", jobs=2))
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    assert "bad: exit status 1" in said.err and "step 19\n    error: no step 20\n" in said.err and "step 5" not in said.err
+    assert "borrower: not started, bad failed" in said.err and "liar: no result for 3 updates" in said.err
+    assert "1 of 4 runs" in said.out and set(said.err.split("failed: ")[-1].split(";")[0].split(", ")) == {"bad", "borrower", "liar"}
+    assert sorted(starts(jobs[0])) == ["bad", "good", "liar"]
+    jobs[0].command[5], jobs[3].command[4] = "25", "3"  # the same command goes on, and only what is new is reported
+    with pytest.raises(SystemExit):
+        benchmark.run(benchmark.RunSuite("smoke"))
+    said = capsys.readouterr()
+    assert "no step 25" in said.err and "no step 20" not in said.err and "2 of 4 runs" in said.out
+    jobs[0].command[5] = "-1"
+    benchmark.run(benchmark.RunSuite("smoke"))
+    assert starts(jobs[0]).count("good") == 1 and jobs[0].log.read_text().count("step 19") == 1 and all(job.finished() for job in jobs)
+
+
+def test_never_two_processes_on_one_folder(fake, capsys):
+    job = fake("one", pace=0.3)
+    process = benchmark.start(job)
+    assert benchmark.start(fake("one")) is None  # the lock is the process's own: we hold nothing open
+    assert benchmark.work_off([fake("one")], 2, "test") == []  # waits, and takes the other's result
+    assert process.wait() == 0 and starts(job) == ["one"] and "another process is at it" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_the_children(fake, monkeypatch):
+    jobs = [fake("a", updates=1000, pace=0.02), fake("b", updates=1000, pace=0.02)]
+    begun, pressed = [], []
+    monkeypatch.setattr(benchmark, "start", lambda job, plain=benchmark.start: begun.append(plain(job)) or begun[-1])
+
+    def ctrl_c(_):
+        if not pressed and len(begun) == 2 and all((job.folder / "at").exists() for job in jobs):
+            pressed.append(True)
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+
+    monkeypatch.setattr(benchmark, "time", type("clock", (), {"sleep": staticmethod(ctrl_c), "time": time.time}))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.work_off(jobs, 2, "test")
+    assert signal.getsignal(signal.SIGINT) == handler
+    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
+    assert 0 < int((jobs[0].folder / "at").read_text()) < 1000 and not jobs[0].finished()
+
+
+def test_cut_anywhere_and_started_again_it_ends_in_the_same_table(data_file, tmp_path, capsys):  # noqa: F811
+    """The real thing: a tiny run of the suite, once left alone, once with the benchmark stopped in its middle."""
+    flags = ["--dataset", str(data_file), "--total-updates", "300", "--checkpoint-every", "20", "--eval-every", "100"]
+    args = benchmark.RunSuite("smoke", tuple(flags), only="__cql__", run_dir=tmp_path / "cut")
+    name = "hopper-medium-replay-v2__cql__0__small"
+    checkpoint, log = (tmp_path / "cut" / part for part in (f"{name}/checkpoint.pt", f"benchmark_logs/{name}.log"))
+    benchmark.run(replace(args, dry_run=True))
+    (line,) = capsys.readouterr().out.splitlines()
+    benchmark.run(replace(args, run_dir=tmp_path / "whole"))
+
+    command = [sys.executable, str(ROOT / "benchmark.py"), "run", "smoke", "--only", "__cql__", "--run-dir", str(tmp_path / "cut")]
+    cut = subprocess.Popen([*command, "--", *flags], stderr=subprocess.PIPE, text=True)
+    while cut.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGTERM)
+    assert "interrupted; the same command goes on" in cut.communicate()[1] and cut.returncode == 130
+    assert not (checkpoint.parent / "result.json").exists()
+    benchmark.run(args)  # does not wait: nobody is left behind
+    assert "another process" not in capsys.readouterr().err
+    said = log.read_text()
+    assert said.count(f"$ {line}\n") == 2 and said.count("resumed at step") == 1  # what --dry-run prints is what was run
+    one, two = (rows_of(report.tables([tmp_path / where / name])["hopper-medium-replay-v2__small"]) for where in ("whole", "cut"))
+    assert [row | {"wall time": ""} for row in one] == [row | {"wall time": ""} for row in two] and one[0]["updates"] == "300"
+
+
+def test_slurm_needs_submitit_and_a_task_asks_to_be_submitted_again(fake, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        benchmark.submit(benchmark.RunSuite("smoke"), [fake("a")])
+    task, good, bad = benchmark.SlurmTask(), fake("good"), fake("bad", fail_at=1)
+    task(good)
+    task(good)  # finished: nothing to do
+    assert good.finished() and starts(good) == ["good"]
+    with pytest.raises(RuntimeError, match="no step 1"):
+        task(bad)
+
+
+# --- W&B ---
+
+
+def records(path):
+    """What the client has written, by its own protocol: LevelDB's log format around messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, message = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        message += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(message)
+            message = b""
+
+
+def test_wandb_holds_config_metrics_and_result(data_file, tmp_path):  # noqa: F811
+    flags = ["--dataset", str(data_file), "--total-updates", "20", "--run-dir", str(tmp_path), "--track", "--model-ratio", "0"]
+    flags += shlex.split(
+        "--env hopper-medium-replay --batch-size 20 --hidden 16 --cql-samples 2 --eval-every 10 --eval-episodes 2 --log-every 10"
+    )
+    command = [sys.executable, str(ROOT / "algorithms" / "romi_cql.py"), *flags, "--num-threads", "1"]
+    done = subprocess.run(command, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "hopper-medium-replay-v2__bc__0__small"
+    (file,) = folder.rglob("*.wandb")
+    kinds = {}
+    for record in records(file):
+        kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
+    run = kinds["run"][0].run
+    assert run.display_name == folder.name and run.run_group == "hopper-medium-replay-v2__bc" and run.project == "rewind"
+    assert list(run.tags) == ["hopper-medium-replay-v2", "bc", "file"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
+    assert config == json.loads((folder / "config.json").read_text())
+    rows = [{item.nested_key[0]: json.loads(item.value_json) for item in r.history.item} for r in kinds["history"]]
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+    assert rows == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] and len(rows) == 4
+    summary = {i.key: json.loads(i.value_json) for r in kinds["summary"] for i in r.summary.update if i.key}
+    assert json.loads((folder / "result.json").read_text()).items() <= summary.items()
