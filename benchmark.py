@@ -3,7 +3,7 @@
     python benchmark.py run smoke                  # every script, every phase, minutes; suites: suites.py
     python benchmark.py run laptop --jobs 2        # finished runs are skipped, cut ones go on: the same command again
     python benchmark.py run paper --dry-run        # the plain commands, for xargs, GNU parallel or sbatch; hours, estimated
-    python benchmark.py run paper --slurm --slurm-options partition=gpu gres=gpu:1
+    python benchmark.py run paper --slurm --slurm-options partition=gpu gres=gpu:1      # needs `pip install submitit`
     python benchmark.py run laptop --seeds 3 4 -- --bf16          # what follows -- goes to every run
     python benchmark.py collect                    # results of finished runs -> results/, what the tables rest on
     python benchmark.py table                      # tables of results/ -> benchmarks.md; --check: are they what stands there?
@@ -122,6 +122,20 @@ def cases(args):
         yield f"combo update{', bf16' * bf16}", lambda agent=agent: agent.update(*rows, 128, 0), 1, "update", 270, 67
     actor = mopo.Policy(O, A, args_of[mopo].hidden).to(device)
     yield "mopo rollout of 250 000 rows", lambda: mopo.imagine(starts, dynamics, actor, never, args_of[mopo]), 1, "rollout", None, 2_000
+    armor = importlib.import_module("armor")
+    atac_args, armor_args = (armor.resolve(armor.Args(compile=args.compile, model_ratio=r), task) for r in (0.0, 0.5))
+    atac = armor.ARMOR(O, A, atac_args, device)
+    yield "atac update", lambda: atac.update(*rows), 1, "update", 17.2, 9.5
+    game = armor.ARMOR(O, A, armor_args, device, dynamics=armor.Dynamics(O, A, armor_args).to(device), terminates=never)
+    game.reference = armor.Reference({"policy": game.policy.state_dict()}).to(device)
+    rollouts = armor.Rollouts(starts, A, 128, never, armor_args, device)
+    half, known = [x[:128] for x in rows], torch.ones(128, device=device)
+
+    def armor_update():  # the whole of it: both players and the step of the rollouts
+        game.update(*half, known, rollouts.sample(128))
+        rollouts.advance(1, half[0], game.policy, game.reference, game.dynamics)
+
+    yield "armor update", armor_update, 1, "update", None, 30
     sra_iql = importlib.import_module("sra_iql")
     torch.set_flush_denormal(True)  # as its main(): weight decay makes denormal numbers in a long timing, too
     maze, rows_512 = importlib.import_module("utils").parse_task("maze2d-umaze"), batch(512, 4, 2)

@@ -164,7 +164,7 @@ def task_table(cells):
         rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
     titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
     titles += [f"at {thousands(fewest)}"] if differ else []
-    unit = "D4RL's normalised score" if cells[0].normalized else "Return"
+    unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"
     episodes = " or ".join(str(n) for n in sorted({cell.episodes for cell in cells}))
     legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds. Data: {cells[0].source}"
     if not several["data"]:
@@ -183,9 +183,9 @@ def aggregate_table(cells):
     alike = {}
     for cell in cells:
         if cell.normalized and cell.last:
-            alike.setdefault((cell.algorithm, cell.updates, cell.flags), []).append(cell)
+            alike.setdefault((cell.algorithm, cell.updates, cell.flags, cell.episodes), []).append(cell)
     rows = []
-    for (algorithm, updates, flags), group in alike.items():
+    for (algorithm, updates, flags, _), group in alike.items():
         tasks = [cell.task for cell in group]
         if 1 < len(set(tasks)) == len(tasks):
             entries = [published(task, algorithm, True) for task in tasks]

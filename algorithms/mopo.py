@@ -681,7 +681,8 @@ class SAC:
         policy_loss, log_prob = self.policy_loss(obs, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
         descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18
-        torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
+        with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
+            torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
         return losses | q_metrics | {"q/entropy": -log_prob, "q/alpha": alpha}
 

@@ -735,7 +735,8 @@ class BCQ:
         perturb_loss = self.perturb_loss(obs)
         descend(self.perturb_opt, perturb_loss, inputs=list(self.perturb.parameters()))  # Q functions get no gradient from it
         online, target = ([*q.parameters(), *p.parameters()] for q, p in ((self.qf, self.perturb), (self.target_qf, self.target_perturb)))
-        torch._foreach_lerp_(target, online, self.args.tau)
+        with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
+            torch._foreach_lerp_(target, online, self.args.tau)
         losses = {"losses/vae": vae_loss, "losses/critic": critic_loss, "losses/perturb": perturb_loss}
         return {k: v.detach() for k, v in losses.items()} | q_metrics
 

@@ -765,7 +765,8 @@ class CQL:
             lagrangian = self.alphas["cql"].exp().clamp(max=1e6) * (penalty.detach() - 2 * self.args.lagrange_gap)
             descend(self.cql_alpha_opt, -lagrangian)
         descend(self.qf_opt, td_loss + cql_alpha * penalty)
-        torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
+        with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
+            torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         return metrics | q_metrics | {"losses/td": td_loss.detach(), "losses/conservative": penalty.detach()}
 
     @torch.no_grad()

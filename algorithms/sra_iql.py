@@ -729,7 +729,8 @@ class IQL:
         descend(self.vf_opt, value_loss)
         critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_v, terminated)
         descend(self.qf_opt, critic_loss)
-        torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
+        with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
+            torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         policy_loss, clone = self.policy_loss(obs, act, advantage)
         descend(self.policy_opt, policy_loss)
         losses = {"losses/value": value_loss, "losses/critic": critic_loss, "losses/policy": policy_loss, "losses/clone": clone}

@@ -184,7 +184,8 @@ class SAC:
         self.alpha_opt.zero_grad()
         alpha_loss.backward()
         self.alpha_opt.step()
-        torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
+        with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
+            torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
 
     MODULES = ("policy", "qf", "target_qf", "policy_opt", "qf_opt", "alpha_opt")
 
