@@ -157,7 +157,7 @@ CASES = {
     "combo_cql": {"cql update": 1},
     "armor": {"armor update": 1},
     "atac": {"atac update": 1},
-    "sra_iql": {"iql update": 1},
+    "sra_iql": {"iql update, 512 rows": 1},
     "bc": {"bc update": 1},
     "bc_uniform": {"bc update": 1},
     "bc_expert": {"bc update": 1},

@@ -38,6 +38,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,7 +65,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 for the TD target, which needs no gradient and is half of an update; the rest stays float32
+    bf16: bool = False  # bfloat16 in the matrix products of the learner; weights, last layers and losses stay float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -325,9 +326,17 @@ def progress(total, desc, unit, initial=0):
 # --- networks ---
 
 
+class LastLinear(nn.Linear):
+    """In float32 under autocast, too: bfloat16 has 8 bits, which at Q = 100 are steps of half a reward."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mlp(*sizes):
-    layers = [layer for n, m in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
+    layers = [layer for n, m in zip(sizes[:-2], sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers, LastLinear(*sizes[-2:]))
 
 
 def squash(mean, log_std, noise):
@@ -702,6 +711,7 @@ class BCQ:
         self.perturb_opt = torch.optim.Adam(self.perturb.parameters(), **adam)
         self.qf_opt = torch.optim.Adam(self.qf.parameters(), **adam)
         self.vae_loss = self.vae.loss
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else None
             for name in ("vae_loss", "critic_loss", "perturb_loss"):
@@ -710,10 +720,10 @@ class BCQ:
     def critic_loss(self, obs, act, rew, next_obs, terminated):
         """TD error against the soft-clipped value of the best of N generated, perturbed actions (BCQ Eq. 13)."""
         B, N = len(obs), self.args.bcq_samples
-        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.bf16):
+        with torch.no_grad():
             rep = next_obs.repeat_interleave(N, 0)  # (B N, O)
             next_act = self.target_perturb(rep, self.vae.sample(rep))  # (B N, A)
-            next_q = self.target_qf(rep, next_act).view(2, B, N).float()
+            next_q = self.target_qf(rep, next_act).view(2, B, N)
             target_q = rew + self.args.gamma * (1 - terminated) * soft_clipped_value(next_q, self.args.lmbda)  # (B,)
         q = self.qf(obs, act)  # (2, B)
         return (q - target_q).square().mean(1).sum(), {"q/data": q.detach().mean(), "q/target": target_q.mean()}
@@ -728,11 +738,14 @@ class BCQ:
         """Generator, Q functions, perturbation, targets, in this order; returns metrics, which the next update may overwrite."""
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        vae_loss = self.vae_loss(obs, act)
+        with self.autocast():  # one context a loss: it keeps the bfloat16 copies of the weights that it has made
+            vae_loss = self.vae_loss(obs, act)
         descend(self.vae_opt, vae_loss)
-        critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated)
+        with self.autocast():
+            critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated)
         descend(self.qf_opt, critic_loss)
-        perturb_loss = self.perturb_loss(obs)
+        with self.autocast():
+            perturb_loss = self.perturb_loss(obs)
         descend(self.perturb_opt, perturb_loss, inputs=list(self.perturb.parameters()))  # Q functions get no gradient from it
         online, target = ([*q.parameters(), *p.parameters()] for q, p in ((self.qf, self.perturb), (self.target_qf, self.target_perturb)))
         with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever

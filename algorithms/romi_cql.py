@@ -331,9 +331,17 @@ def progress(total, desc, unit, initial=0):
 # --- networks ---
 
 
+class LastLinear(nn.Linear):
+    """In float32 under autocast, too: bfloat16 has 8 bits, which at Q = 100 are steps of half a reward."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mlp(*sizes):
-    layers = [layer for n, m in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
+    layers = [layer for n, m in zip(sizes[:-2], sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers, LastLinear(*sizes[-2:]))
 
 
 def squash(mean, log_std, noise):

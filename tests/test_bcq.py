@@ -130,14 +130,24 @@ def test_acting_takes_the_best_of_many_actions_for_each_state(agent):
         torch.testing.assert_close(act[i], candidates[i, q.argmax()])
 
 
-def test_bfloat16_target_is_close(agent):
-    half = romi_bcq.BCQ(4, 2, replace(ARGS, bf16=True), CPU)
-    half.load_state_dict(agent.state_dict())
-    rows, out = batch(64), []
-    for a in (agent, half):
-        torch.manual_seed(1)
-        out.append(a.critic_loss(*rows)[0])
-    torch.testing.assert_close(*out, rtol=0.03, atol=0.03)
+def test_bfloat16_is_close_update_after_update(agent):
+    """With a large step size, so that a stale bfloat16 copy of a network's weights would show."""
+    full, half = (romi_bcq.BCQ(4, 2, replace(ARGS, bf16=bf16, lr=0.01, tau=0.5), CPU) for bf16 in (False, True))
+    half.load_state_dict(full.state_dict())
+    rows = batch(64)
+    for _ in range(5):
+        out = []
+        for a in (full, half):
+            torch.manual_seed(1)
+            out.append(torch.stack(list(a.update(*rows).values())))
+        torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
+        assert (out[0] != out[1]).any() and out[1].dtype == torch.float32
+    half.load_state_dict(full.state_dict())
+    obs, act = rows[:2]
+    with half.autocast():
+        q = half.qf(obs, act)
+    assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
+    torch.testing.assert_close(q, full.qf(obs, act), rtol=0.02, atol=0.02)
 
 
 # --- direction of time ---

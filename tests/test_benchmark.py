@@ -314,6 +314,9 @@ def test_hours_by_hand():
     assert suites.hours(replace(job, trains_model=False), ms) == pytest.approx(1.5)
     assert suites.hours(replace(job, command=["--bf16"], trains_model=False), ms | {"mopo update, bf16": 1.8}) == pytest.approx(1.0)
     assert suites.hours(job, {"mopo update": 3.6}) is None
+    timed = (ROOT / "benchmark.py").read_text()
+    named = {case for cases in suites.CASES.values() for case in cases} - {"bc update"}  # cloning is not timed
+    assert all(f'"{case}' in timed for case in named)
 
 
 def test_sweeps_are_the_paper_suite_as_the_agent_will_type_it(monkeypatch, tmp_path):
