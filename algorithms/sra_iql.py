@@ -280,6 +280,8 @@ class Run:
         part = self.folder / f"{name}.part"
         write(part)
         os.replace(part, self.folder / name)  # a killed run never leaves half a file under its name
+        if name.endswith(".png"):
+            self.to_wandb(lambda run: run.log({f"figures/{name[:-4]}": sys.modules["wandb"].Image(str(self.folder / name))}))
 
     def save(self, phase, step, **parts):
         """Checkpoint. What earlier phases left in it stays, unless it is given again; None removes it."""
@@ -323,6 +325,8 @@ class Run:
         result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
         result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
+        columns, rows = list(self.evals[0]) if self.evals else [], [list(e.values()) for e in self.evals]
+        self.to_wandb(lambda run: run.log({"evaluations": sys.modules["wandb"].Table(columns, rows)}))
         self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
         score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
         print(f"{self.folder}: {', '.join(score) or 'not evaluated'}")

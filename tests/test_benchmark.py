@@ -495,6 +495,20 @@ def records(path):
             message = b""
 
 
+def history(kinds):
+    """What was logged, without the client's own keys; what is more than a number comes as parts."""
+    rows = []
+    for record in kinds["history"]:
+        rows.append({})
+        for item in record.history.item:
+            *outer, key = item.nested_key
+            at = rows[-1]
+            for name in outer:
+                at = at.setdefault(name, {})
+            at[key] = json.loads(item.value_json)
+    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+
+
 def test_wandb_holds_config_metrics_and_result(data_file, tmp_path):  # noqa: F811
     flags = ["--dataset", str(data_file), "--total-updates", "20", "--run-dir", str(tmp_path), "--track", "--model-ratio", "0"]
     flags += shlex.split(
@@ -513,8 +527,27 @@ def test_wandb_holds_config_metrics_and_result(data_file, tmp_path):  # noqa: F8
     assert list(run.tags) == ["hopper-medium-replay-v2", "bc", "file"]
     config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
     assert config == json.loads((folder / "config.json").read_text())
-    rows = [{item.nested_key[0]: json.loads(item.value_json) for item in r.history.item} for r in kinds["history"]]
-    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
-    assert rows == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] and len(rows) == 4
+    assert history(kinds)[:-1] == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(history(kinds)) == 5 and history(kinds)[-1]["evaluations"]["_type"] == "table-file"
+    (table,) = folder.rglob("evaluations*.table.json")
+    table, evals = json.loads(table.read_text()), [row for row in history(kinds) if "eval/return" in row]
+    assert [dict(zip(table["columns"], row, strict=True))["return"] for row in table["data"]] == [e["eval/return"] for e in evals]
     summary = {i.key: json.loads(i.value_json) for r in kinds["summary"] for i in r.summary.update if i.key}
     assert json.loads((folder / "result.json").read_text()).items() <= summary.items()
+
+
+def test_wandb_gets_the_pictures_of_a_maze(tmp_path):
+    make = [str(ROOT / "datasets" / "maze2d.py"), "--steps", "3000", "--out", str(tmp_path)]
+    flags = ["--env", "maze2d-umaze", "--dataset", str(tmp_path / "maze2d_umaze.hdf5"), "--run-dir", str(tmp_path), "--track"]
+    flags += shlex.split(
+        "--num-threads 1 --total-updates 4 --batch-size 20 --hidden 8 8 --vae-hidden 8 --eval-every 2 --eval-episodes 1 --log-every 2 "
+        "--dynamics-hidden 8 --dynamics-max-epochs 1 --model-buffer-size 500 --rollout-batch-size 100 --eval-samples 2"
+    )
+    for command in (make, [str(ROOT / "algorithms" / "romi_bcq.py"), *flags]):
+        done = subprocess.run([sys.executable, *command], env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "maze2d-umaze-v1__romi_bcq__0__maze2d_umaze").rglob("*.wandb")
+    rows = history({"history": [r for r in records(file) if r.WhichOneof("record_type") == "history"]})
+    shown = [(k, v) for row in rows for k, v in row.items() if k.startswith("figures/")]
+    assert [k for k, _ in shown] == ["figures/imagination", "figures/execution", "figures/execution"]
+    assert all(v["_type"] == "image-file" and (file.parent / "files" / v["path"]).exists() for _, v in shown)
