@@ -63,7 +63,7 @@ sleep 1
 slurmctld -D >/dev/null 2>&1 &
 PIDS+=($!)
 start_node() {
-    nice -n 15 slurmd -D >/dev/null 2>&1 &
+    slurmd -D >/dev/null 2>&1 &
     NODE=$!
     PIDS+=("$NODE")
 }
