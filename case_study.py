@@ -252,7 +252,7 @@ def study(run, data, trees, args, workers):
         out["imagined"] |= wall_shares(maze, obs, next_obs) | distances(imagined)
     if run.agent and args.episodes:
         envs = [make_env(run.task) for _ in range(args.episodes)]
-        returns, _ = evaluate(envs, run.agent.act, seed=1_000_000 * (1 + args.seed), trajectories=executed)  # training: seed + 100
+        returns, _ = evaluate(envs, run.agent.act, seed=1_000_000 * (1 + args.seed), trajectories=executed)  # training: 1000 seed + 100
         out["executed"] = {"trajectories": len(executed), "return": mean_se(returns), "score": mean_se(normalized_score(run.task, returns))}
         out["executed"] |= distances(executed)
     return out, imagined, executed

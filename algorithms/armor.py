@@ -271,9 +271,9 @@ class Run:
             torch.cuda.set_rng_state(self.state["rng"][1])
 
     def evaluate(self, update, envs, act):
-        """Deterministic episodes, seeded apart from training; the score, or the return where the task has no reference."""
+        """Deterministic episodes, seeded apart from training and from other seeds; the score, or without a reference the return."""
         self.seen = []
-        returns, lengths = evaluate(envs, act, seed=self.args.seed + 100, trajectories=self.seen)
+        returns, lengths = evaluate(envs, act, seed=1000 * self.args.seed + 100, trajectories=self.seen)
         self.draw("execution", self.seen)
         e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
         e["normalized_score"] = normalized_score(self.task, e["return"])
@@ -334,8 +334,9 @@ def progress(total, desc, unit, initial=0):
 # --- networks ---
 
 
-class LastLinear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 has 8 bits, which at Q = 100 are steps of half a reward."""
+class Float32Linear(nn.Linear):
+    """In float32 under autocast, too. bfloat16 has 8 bits: at 9 m its steps are longer than a step of the ball, at Q = 100 they
+    are half a reward."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -343,8 +344,9 @@ class LastLinear(nn.Linear):
 
 
 def mlp(*sizes):
-    layers = [layer for n, m in zip(sizes[:-2], sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers, LastLinear(*sizes[-2:]))
+    linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]  # first and last in full
+    layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
+    return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
 
 
 def squash(mean, log_std, noise):
@@ -935,7 +937,8 @@ def main(args):
     reference = reference or Reference({"policy": run.state["clone"]}).to(device)
     agent.reference = None if args.reference == "data" else reference
     if args.eval_episodes and "reference_return" not in run.state:  # J(pi_ref) in the episodes of every evaluation
-        run.state["reference_return"] = evaluate(envs, lambda obs: reference.best(obs.to(device)).cpu(), args.seed + 100)[0].mean().item()
+        returns, _ = evaluate(envs, lambda obs: reference.best(obs.to(device)).cpu(), 1000 * args.seed + 100)
+        run.state["reference_return"] = returns.mean().item()
     torch.manual_seed(4 * args.seed + 3)
     rollouts, step = Rollouts(data.obs, act_dim, num_real, agent.terminates, args, device) if num_model else None, run.state["step"]
     if step:

@@ -147,6 +147,12 @@ def test_bfloat16_is_close_update_after_update(agent):
     with half.autocast():
         q = half.qf(obs, act)
     assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
+    x = torch.tensor([[9.0, 9.0], [9.01, 9.01]])  # a centimetre apart, at the goal of the large maze: one point in bfloat16
+    net = romi_bcq.mlp(2, 8, 8, 1)
+    with half.autocast():
+        first, hidden, last = net[0](x), net[2](net[0](x)), net[4](x.repeat(1, 4))
+    assert (first[0] != first[1]).all()  # nor is the first
+    assert [y.dtype for y in (first, hidden, last)] == [torch.float32, torch.bfloat16, torch.float32]
     torch.testing.assert_close(q, full.qf(obs, act), rtol=0.02, atol=0.02)
 
 
