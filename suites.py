@@ -113,7 +113,7 @@ LAPTOP = Suite(
 )
 
 # The papers' tables, with default settings on D4RL's files. Not there: antmaze, which has no evaluation environment here, and
-# adroit. halfcheetah-jump and ant-angle have no official data: `python datasets/mujoco.py` makes them, a day each.
+# adroit. halfcheetah-jump and ant-angle have no official data: `python datasets/mujoco.py` makes them.
 MAZES = tuple(f"maze2d-{size}{reward}" for reward in ("", "-dense") for size in ("umaze", "medium", "large"))
 ROBOTS = ("hopper", "walker2d", "halfcheetah")
 NINE = tuple(f"{robot}-{kind}" for kind in ("medium", "medium-replay", "medium-expert") for robot in ROBOTS)

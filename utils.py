@@ -585,8 +585,9 @@ def relabelled_reward(kind, act, next_obs):
     angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
 
     Speed limit, factor and costs: gwthomas/force, env/mujoco (the repository of one of MOPO's authors); direction: MOPO's slides.
-    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; the ant is paid 1 for
-    every step alive, as it is in Ant-v4 (sources differ).
+    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; z counts from the nominal
+    pose (there: from the height at the episode's reset, which an observation does not hold and which moves returns by some 900);
+    the ant is paid 1 for every step alive, as it is in Ant-v4, and pays nothing for contacts (sources differ).
     """
     cost = (act**2).sum(-1)
     if kind in ("run", "jump"):

@@ -64,7 +64,7 @@ from utils import UserError, evaluate, load_dataset, make_env, normalized_score,
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task (version optional) or Minari id
-    exp_name: str | None = None  # None: combo; combo_cql without imagined data
+    exp_name: str | None = None  # None: combo; combo_cql without imagined data; combo_beta0; with preset v0 ..._v0
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
     seed: int = 0
     total_updates: int = 1_000_000  # gradient updates of the learner; a larger number later carries a finished run on
@@ -187,13 +187,16 @@ def resolve(args, task):
                     raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
                 if (v > 1 and name in ("gamma", "tau", "model_ratio")) or (v >= 1 and name == "holdout_ratio"):
                     raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
+    if 0 < args.policy_lr_decay < args.total_updates:
+        raise UserError(f"--total-updates {args.total_updates}: the policy stands still after --policy-lr-decay {args.policy_lr_decay}")
     if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
         raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
     if args.model_ratio > 0 and int((1 - args.model_ratio) * args.batch_size + 1e-6) == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
     if int((1 - args.model_ratio) * args.batch_size + 1e-6) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: not one real row in a batch of {args.batch_size}")
-    name = "combo" if args.model_ratio > 0 else "combo_cql"
+    name = "combo_cql" if args.model_ratio == 0 else "combo" if args.beta > 0 else "combo_beta0"
+    name += "" if args.preset == "v2" else "_v0"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
 
 
@@ -552,7 +555,7 @@ def model_of_another_run(args, key):
 @torch.no_grad()
 def model_error(dynamics, act, trajectories, horizon):
     """Root mean squared error of the elites' mean prediction on episodes of the real environment, after one step and after
-    `horizon` steps that follow the recorded actions, over all state dimensions, in their units: {name: float}.
+    `horizon` steps that follow the recorded actions, over all state dimensions, each in its standard deviation over the data.
 
     act: obs (B, O) -> the actions (B, A) that made the episodes; trajectories: list of (T+1, O) arrays
     """
@@ -568,7 +571,7 @@ def model_error(dynamics, act, trajectories, horizon):
                 mean = dynamics(dynamics.inputs(obs, a).expand(len(dynamics.elites), -1, -1), dynamics.elites)[0]
                 obs = obs + mean.mean(0)[:, 1:]
             truth = torch.cat([episodes[i][steps:] for i in known]).to(device)
-            errors[f"model/true_error_{steps}"] = (obs - truth).square().mean().sqrt()
+            errors[f"model/true_error_{steps}"] = ((obs - truth) / dynamics.std[: obs.shape[1]]).square().mean().sqrt()
     return errors
 
 
@@ -624,7 +627,8 @@ def imagine(starts, dynamics, policy, terminates, args):
         obs = next_obs[~terminated]  # a rollout that ended stays ended
     rows = torch.cat(rows)
     _, _, rew, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
-    stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean(), "terminated": terminated.mean()}
+    stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean()}
+    stats["ended_rollouts"] = terminated.sum() / args.rollout_starts
     return rows, {f"model/imagined_{k}": v for k, v in (stats | {"alive_at_last_step": alive[-1]}).items()}
 
 

@@ -732,7 +732,7 @@ class BCQ:
             next_q = self.target_qf(rep, next_act).view(2, B, N)
             target_q = rew + self.args.gamma * (1 - terminated) * soft_clipped_value(next_q, self.args.lmbda)  # (B,)
         q = self.qf(obs, act)  # (2, B)
-        return (q - target_q).square().mean(1).sum(), {"q/data": q.detach().mean(), "q/target": target_q.mean()}
+        return (q - target_q).square().mean(1).sum(), {"q/batch": q.detach().mean(), "q/target": target_q.mean()}
 
     def perturb_loss(self, obs):
         """-Q_1 of one generated, perturbed action per state (BCQ Eq. 12)."""

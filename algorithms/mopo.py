@@ -61,7 +61,7 @@ from utils import UserError, evaluate, load_dataset, make_env, normalized_score,
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task (version optional) or Minari id
-    exp_name: str | None = None  # None: mopo; mbpo without penalty; sac without imagined data
+    exp_name: str | None = None  # None: mopo; mbpo without penalty; sac without imagined data; with preset v0 ..._v0
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
     seed: int = 0
     total_updates: int | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
@@ -182,11 +182,14 @@ def resolve(args, task):
                     raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
                 if (v > 1 and name in ("gamma", "tau", "model_ratio")) or (v >= 1 and name == "holdout_ratio"):
                     raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
+    if 0 < args.policy_lr_decay < args.total_updates:
+        raise UserError(f"--total-updates {args.total_updates}: the policy stands still after --policy-lr-decay {args.policy_lr_decay}")
     if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
         raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
     if args.model_ratio > 0 and int((1 - args.model_ratio) * args.batch_size + 1e-6) == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
     name = "sac" if args.model_ratio == 0 else "mopo" if args.penalty_coef > 0 else "mbpo"
+    name += "" if args.preset == "v2" else "_v0"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
 
 
@@ -545,7 +548,7 @@ def model_of_another_run(args, key):
 @torch.no_grad()
 def model_error(dynamics, act, trajectories, horizon):
     """Root mean squared error of the elites' mean prediction on episodes of the real environment, after one step and after
-    `horizon` steps that follow the recorded actions, over all state dimensions, in their units: {name: float}.
+    `horizon` steps that follow the recorded actions, over all state dimensions, each in its standard deviation over the data.
 
     act: obs (B, O) -> the actions (B, A) that made the episodes; trajectories: list of (T+1, O) arrays
     """
@@ -561,7 +564,7 @@ def model_error(dynamics, act, trajectories, horizon):
                 mean = dynamics(dynamics.inputs(obs, a).expand(len(dynamics.elites), -1, -1), dynamics.elites)[0]
                 obs = obs + mean.mean(0)[:, 1:]
             truth = torch.cat([episodes[i][steps:] for i in known]).to(device)
-            errors[f"model/true_error_{steps}"] = (obs - truth).square().mean().sqrt()
+            errors[f"model/true_error_{steps}"] = ((obs - truth) / dynamics.std[: obs.shape[1]]).square().mean().sqrt()
     return errors
 
 
@@ -636,7 +639,8 @@ def imagine(starts, dynamics, policy, terminates, args):
     rows, penalty = torch.cat(rows), torch.cat(penalties)
     _, _, penalized, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
     rew = penalized + args.penalty_coef * penalty  # comparable with the rewards of the data
-    stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean(), "terminated": terminated.mean()}
+    stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean()}
+    stats["ended_rollouts"] = terminated.sum() / args.rollout_starts
     stats |= {"alive_at_last_step": alive[-1], "penalized_reward_mean": penalized.mean()}
     spread = {"mean": penalty.mean(), "max": penalty.max()}
     spread |= {f"p{p}": penalty.kthvalue(max(1, len(penalty) * p // 100)).values for p in (50, 95)}
@@ -674,7 +678,7 @@ class SAC:
             target_q = rew + self.args.gamma * (1 - terminated) * next_q
         q = self.qf(obs, act)  # (2, B)
         loss = (q - target_q).square().mean(1).sum()
-        return loss, {"q/data": q.detach().mean(), "q/target": target_q.mean()}
+        return loss, {"q/batch": q.detach().mean(), "q/target": target_q.mean()}
 
     def policy_loss(self, obs, alpha):
         """SAC Eq. 7."""

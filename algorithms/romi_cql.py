@@ -757,7 +757,7 @@ class CQL:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             q_sampled = self.qf(obs.unsqueeze(1).expand(-1, 3 * N, -1), acts)  # (2, B, 3N)
         penalty = conservative_penalty(q, q_sampled.float(), log_density, self.args.cql_temperature).mean(1).sum()
-        q_means = {"q/data": q.detach().mean(), "q/sampled": q_sampled.detach().mean(), "q/target": target_q.mean()}
+        q_means = {"q/batch": q.detach().mean(), "q/sampled": q_sampled.detach().mean(), "q/target": target_q.mean()}
         return td_loss, penalty, q_means
 
     def update(self, obs, act, rew, next_obs, terminated, warm_up, bc_only):

@@ -707,7 +707,7 @@ class IQL:
         """TD error of both Q functions against V of the next state (IQL Eq. 6)."""
         target_q = rew + self.args.gamma * (1 - terminated) * next_v
         q = self.qf(obs, act)  # (2, B)
-        return (q - target_q).square().mean(), {"q/data": q.detach().mean(), "q/target": target_q.mean()}
+        return (q - target_q).square().mean(), {"q/batch": q.detach().mean(), "q/target": target_q.mean()}
 
     def policy_loss(self, obs, act, advantage):
         """Cloning of the expert rows, the first half, and of all rows weighted by their advantage (IQL Eq. 7)."""

@@ -41,16 +41,16 @@ class FixedModel:
     """A model of 7 members whose means move state 0 by `step` and nothing else, with given standard deviations (E, 1+O)."""
 
     def __init__(self, std, step=0.0, reward=1.0):
-        self.std, self.step, self.reward, self.elites = std, step, reward, torch.arange(5)
-        self.mean, self.seen = torch.zeros(std.shape[1] - 1 + 2), []
+        self.spread, self.step, self.reward, self.elites, self.seen = std, step, reward, torch.arange(5), []
+        self.mean, self.std = torch.zeros(std.shape[1] - 1 + 2), torch.full((std.shape[1] - 1 + 2,), 2.0)  # of the inputs
 
     def inputs(self, cond, act):
         return torch.cat([cond, act], -1)
 
     def __call__(self, x, members=None):
-        mean = torch.zeros(len(x), x.shape[1], self.std.shape[1])
+        mean = torch.zeros(len(x), x.shape[1], self.spread.shape[1])
         mean[..., 0], mean[..., 1] = self.reward, self.step
-        std = self.std if members is None else self.std[members]
+        std = self.spread if members is None else self.spread[members]
         return mean, 2 * std.log()[:, None].expand(len(x), x.shape[1], -1)
 
     def sample(self, cond, act):
@@ -472,13 +472,13 @@ def test_without_model_rows_the_critic_loss_is_that_of_cql(monkeypatch):
 
 @both
 def test_model_error_is_measured_along_real_episodes(m, args):
-    """Real states grow by 1 a step in dimension 0; the model says 0.9: errors 0.1 and 0.4 there, over two dimensions."""
+    """Real states grow by 1 a step in dimension 0; the model says 0.9: errors 0.1 and 0.4 there, over two dimensions with deviation 2."""
     episodes = [torch.stack([torch.arange(9.0), torch.zeros(9)], 1).numpy(), torch.zeros(3, 2).numpy()]
     model = FixedModel(torch.full((7, 3), 1e-3), step=0.9)
     act = lambda obs: torch.zeros(len(obs), 2)  # noqa: E731
     errors = m.model_error(model, act, episodes[:1], 4)
-    assert errors["model/true_error_1"].item() == pytest.approx(0.1 / 2**0.5, rel=1e-4)
-    assert errors["model/true_error_4"].item() == pytest.approx(0.4 / 2**0.5, rel=1e-4)
+    assert errors["model/true_error_1"].item() == pytest.approx(0.05 / 2**0.5, rel=1e-4)
+    assert errors["model/true_error_4"].item() == pytest.approx(0.2 / 2**0.5, rel=1e-4)
     assert m.model_error(model, act, episodes[:1], 1).keys() == {"model/true_error_1"}
     assert "model/true_error_4" not in m.model_error(model, act, episodes[1:], 4)  # too short
 
@@ -525,6 +525,11 @@ def test_settings_come_from_preset_and_task():
     assert (a.horizon, a.beta, a.model_ratio, a.qf_lr, a.policy_lr) == (1, 5.0, 0.2, 1e-4, 1e-5)
     a = resolved(combo, "--preset", "v0", "--env", "hopper-medium-replay")
     assert (a.beta, a.rollout_policy, a.rho_states) == (1.0, "uniform", "model")
+    assert a.exp_name == "combo_v0" and resolved(combo, "--beta", "0").exp_name == "combo_beta0"
+    for m in (mopo, combo):  # past its decay the rate would be 0 while the temperature drifts on
+        with pytest.raises(UserError, match="stands still"):
+            resolved(m, "--total-updates", "3000001")
+        assert resolved(m, "--total-updates", "3000001", "--policy-lr-decay", "0").policy_lr_decay == 0
     with pytest.raises(UserError, match="not one real row"):
         resolved(combo, "--model-ratio", "1")
 
