@@ -482,7 +482,8 @@ def train_dynamics(dynamics, cond, act, rew, pred, args, run):
     order = torch.randperm(len(act), generator=split).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
-    bootstrap = torch.randint(len(train), (E, len(train)), generator=split).to(device)
+    bootstrap = torch.randint(len(train), (E, len(train)), generator=split) if E > 1 else torch.arange(len(train))[None]
+    bootstrap = bootstrap.to(device)
     x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
     dynamics.mean.copy_(mean)
@@ -528,7 +529,10 @@ def train_dynamics(dynamics, cond, act, rew, pred, args, run):
     mse = holdout_mse()
     dynamics.elites.copy_(mse.argsort()[: args.num_elites])
     explained = 1 - mse[dynamics.elites].mean() / y[holdout].var(0, unbiased=False).mean()
-    run.log(0, {"model/epochs": epoch, "model/elite_mse": mse[dynamics.elites].mean(), "model/explained_variance": explained})
+    with torch.no_grad():  # the error that the model expects of itself: far above its error, it imagines noise
+        expected = dynamics(x[holdout].expand(E, -1, -1))[1][dynamics.elites].exp().mean()
+    fit = {"elite_mse": mse[dynamics.elites].mean(), "elite_expected_mse": expected, "explained_variance": explained}
+    run.log(0, {"model/epochs": epoch} | {f"model/{k}": v for k, v in fit.items()})
     print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, holdout MSE {mse[dynamics.elites].mean():.4g}", file=sys.stderr)
 
 

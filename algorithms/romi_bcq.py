@@ -4,14 +4,14 @@ Papers: Wang et al. 2021, arXiv:2110.00188 (ROMI); Fujimoto et al. 2019, arXiv:1
 sfujim/BCQ (continuous_BCQ).
 
   reverse model    p(s, r | s', a), ensemble of Gaussians         maximum likelihood on the data         ROMI Eq. 1, 2
-  reverse policy   G(a | s'): conditional VAE                      variational bound on the data          ROMI Eq. 3
+  reverse policy   G_theta(a | s'): conditional VAE                variational bound on the data          ROMI Eq. 3
                    or pi(a | s'): behaviour cloning (RBC)          maximum likelihood on the data         ROMI Eq. 4
                    or uniform on [-1, 1]^A
-  imagination      a ~ G(.|s'), (s, r) ~ p(.|s', a), then s' <- s, h times, from states of the data       ROMI Alg. 1, l. 10-14
+  imagination      a ~ G_theta(.|s'), (s, r) ~ p(.|s', a), then s' <- s, h times, from states of the data       ROMI Alg. 1, l. 10-14
   learner          BCQ on batches with a share eta of imagined transitions                                ROMI Alg. 1, l. 15-16
-                   y = r + gamma max_i [lambda min_j Q_j(s', a_i) + (1 - lambda) max_j Q_j(s', a_i)]      BCQ Eq. 13
-                   a_i = a + xi(s', a, phi), a ~ G(.|s') the generator, a VAE trained on the batch        BCQ Alg. 1
-                   xi <- argmax Q_1(s, a + xi(s, a, phi))                                                 BCQ Eq. 12
+                   y = r + gamma (1 - d) max_i [lambda min_j Q_j(s', a_i) + (1 - lambda) max_j Q_j(s', a_i)]     BCQ Eq. 13
+                   a_i = a + xi(s', a, Phi), a ~ G_omega(.|s'): the generator, a VAE trained on the batch        BCQ Alg. 1
+                   xi <- argmax Q_1(s, a + xi(s, a, Phi)), |xi| <= Phi                                           BCQ Eq. 12
 
     python algorithms/romi_bcq.py --env maze2d-umaze
     python algorithms/romi_bcq.py --env maze2d-umaze --model-ratio 0                                      # plain BCQ
@@ -24,6 +24,8 @@ Where paper and code disagree we follow the code. Differences from it:
   4. RBC minimises the paper's negative log-likelihood; the reference subtracts half an entropy and takes the std as a variance.
   5. Elites are chosen once, on the holdout rows of training; the reference draws new holdout rows when it reloads the model.
   6. The goal of an antmaze is the middle of the rewarded positions, not asked from the simulator.
+  7. Rows at a time limit with a recorded successor are real rows of BCQ, which bootstrap; the reference drops them.
+  8. A state of hopper below -100 ends a chain as one above 100 does (a slip in the reference's rule).
 BCQ's generator is trained on the mixed batch, as in the reference: with uniform imagined actions it stops being a constraint.
 """
 
@@ -511,7 +513,8 @@ def train_dynamics(dynamics, cond, act, rew, pred, args, run):
     order = torch.randperm(len(act), generator=split).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
-    bootstrap = torch.randint(len(train), (E, len(train)), generator=split).to(device)
+    bootstrap = torch.randint(len(train), (E, len(train)), generator=split) if E > 1 else torch.arange(len(train))[None]
+    bootstrap = bootstrap.to(device)
     x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
     dynamics.mean.copy_(mean)
@@ -557,7 +560,10 @@ def train_dynamics(dynamics, cond, act, rew, pred, args, run):
     mse = holdout_mse()
     dynamics.elites.copy_(mse.argsort()[: args.num_elites])
     explained = 1 - mse[dynamics.elites].mean() / y[holdout].var(0, unbiased=False).mean()
-    run.log(0, {"model/epochs": epoch, "model/elite_mse": mse[dynamics.elites].mean(), "model/explained_variance": explained})
+    with torch.no_grad():  # the error that the model expects of itself: far above its error, it imagines noise
+        expected = dynamics(x[holdout].expand(E, -1, -1))[1][dynamics.elites].exp().mean()
+    fit = {"elite_mse": mse[dynamics.elites].mean(), "elite_expected_mse": expected, "explained_variance": explained}
+    run.log(0, {"model/epochs": epoch} | {f"model/{k}": v for k, v in fit.items()})
     print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, holdout MSE {mse[dynamics.elites].mean():.4g}", file=sys.stderr)
 
 
@@ -671,7 +677,7 @@ def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range,
     buffer, filled, chains, cut = None, 0, 0, 0
     bar = progress(args.model_buffer_size, "imagination", "row")
     while filled < args.model_buffer_size:
-        cond = starts[sampler(num_starts)]  # target states s_t+1 of the data, l. 12
+        cond = starts[sampler(num_starts)]  # target states s_t+1: rows of the data's s column, l. 12
         chains += len(cond)
         for i in range(args.horizon):
             act = rollout_policy.sample(cond)  # a_t ~ G(.|s_t+1), l. 13
@@ -705,7 +711,8 @@ class BCQ:
 
     def __init__(self, obs_dim, act_dim, args, device):
         self.args, self.device = args, device
-        self.vae = ConditionalVAE(obs_dim, act_dim, args).to(device)  # the generator, conditioned on s
+        own = replace(args, latent_clip=0.5, kl_weight=0.5)  # as in BCQ, whatever the rollout policy has
+        self.vae = ConditionalVAE(obs_dim, act_dim, own).to(device)  # the generator, conditioned on s
         self.perturb = Perturbation(obs_dim, act_dim, args).to(device)
         self.target_perturb = Perturbation(obs_dim, act_dim, args).to(device).requires_grad_(False)
         self.target_perturb.load_state_dict(self.perturb.state_dict())

@@ -15,7 +15,9 @@ Written as HDF5 in D4RL layout, sparse and dense reward, with a .json beside eac
 Rewards are those of the row's own position, as in D4RL's files; the environment pays for the position after the step, one row
 later (--reward-timing next writes those).
 
-Differences from D4RL's script: the first row of a segment does not repeat the observation before it (a defect of the script).
+Differences from D4RL's script: the first row of a segment does not repeat the observation before it (a defect of the script); the
+planner starts from the nearest free cell, not from the rounded position; a target drawn twice in a row is planned anew; and there
+is no second condition, on the displacement since the last waypoint, before a waypoint counts as reached.
 """
 
 import functools
