@@ -1,7 +1,8 @@
 """ARMOR: adversarial model for offline RL. A policy is trained to beat a reference policy in the worst model that fits the data.
 
-Paper: Bhardwaj et al. 2023, arXiv:2302.11048. We found no public code; what we know of the paper comes from a poster with its
-Algorithm 1 and Eq. 4, 5. The base is ATAC (Cheng et al. 2022, arXiv:2202.02446), code: microsoft/ATAC, microsoft/lightATAC.
+Paper: Bhardwaj et al. 2023, arXiv:2302.11048. We found no public code (its page is said to be sites.google.com/view/armorofflinerl,
+which we could not reach); what we know of the paper comes from a poster with its Algorithm 1 and Eq. 4, 5. The base is ATAC
+(Cheng et al. 2022, arXiv:2202.02446), code: microsoft/ATAC, microsoft/lightATAC.
 
   game         max_pi min_(M in M_alpha) J_M(pi) - J_M(pi_ref)     M_alpha: models that explain the data almost as well as the best
   D_M          (s, a, r_M, s'_M), r_M = R_M(s, a), s'_M ~ P_M(.|s, a)    (s, a) of the data and of D_model            Alg. 1, l. 3-4
@@ -25,23 +26,27 @@ What the poster leaves open, and what is done here. "unverified": said to be the
   2. V_max: ours, the reward error of the fitted model, so that rewards are held to the data as states are. With the bound of the
      returns, 550 on hopper, the predicted reward follows the critics: its error rose from 0.03 to 2.0 in 400 updates (a trial).
   3. M is one member of MOPO's ensemble (arXiv:2005.13239; 4 layers of 200, learnt variance), R_M the mean of its reward output.
-     Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps). In the game weight decay stays on and
-     the bounds of the log-variance stay where the fit left them: M gains nothing by more noise than the data have.
+     Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps), which the game leaves out as well: they
+     tell whether it harms the model. In the game weight decay stays on, as strong against the data fit as it was; the bounds of
+     the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full length
+     the fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per row).
   4. One backward pass gives the gradients for M and f_i, so f_i steps on the M of before this step. s'_M is reparameterised, and
      M's gradient also flows through a' ~ pi(.|s'_M) and through the target networks' inputs.
   5. ATAC's code: terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F is a Frobenius norm of 100 per layer,
      targets are clipped to the values that rewards of the data allow, one sampled a' per row serves residual and target,
      tau, gamma, w = 1/2, rates 5e-4 and 5e-7 (unverified for ARMOR, the same), 3 x 256 units. Proj_Pi is a learnt temperature
-     for an entropy of minus the number of actions; it steps before the policy, on the same samples as L.
+     for an entropy of minus the number of actions; it steps before the policy, on the same samples as L. Not ATAC's: targets
+     are clipped by default (in lightATAC an option), the policy's log standard deviation is clamped to [-5, 2].
   6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
      its transitions. Then the policy's optimiser and temperature begin anew, at the slow rate; those of the critics go on. The
-     clone, frozen, is pi_ref. If another reference is given, pi still begins as a clone of the data; --clone reference: as its.
+     clone, frozen, is pi_ref. If another reference is given, pi begins as a clone of its actions; --clone data: of the data's.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap;
      rollouts that end or overflow begin again in the minibatch; their states are clipped to the data's range, widened by 10 %;
      D_model keeps its last 1 000 000 pairs.
   9. beta = 16 is ATAC's default, lambda = 1 ours; neither is tuned, and the paper's, one pair per data set, are not known. In
-     trials of 400 updates M stayed at the fit with lambda = 1 and lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
+     trials of 400 updates M stayed at the fit with lambda = 1 and lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01. If
+     it drifts nevertheless (model/nll, model/reward_shift, model/state_shift), nothing freezes it.
  10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals.
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
  12. J(pi) and J(pi_ref) are returns of mean actions in the same episodes; the game is played on sampled actions.
@@ -121,7 +126,8 @@ class Args:
     # --- learner ---
     reference: str | None = None  # pi_ref: bc (clone of the data), data (its actions; no model), or a run's folder; None: bc, for atac data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
-    clone: Literal["data", "reference"] = "data"  # whose actions the policy clones in the warm start
+    clone: Literal["data", "reference"] | None = None  # whose actions the policy clones in the warm start; None: a given reference's
+    model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
     batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
     tau: float = 0.005  # rate of the target networks
@@ -147,6 +153,7 @@ MAY_BE_ZERO |= {"bellman_weight", "fit_weight", "target_weight", "warm_start_upd
 def resolve(args, task):
     """The arguments with the task's settings where the user left None; UserError for what cannot work."""
     tuned = {"horizon": task.max_steps, "reference": "bc" if args.model_ratio > 0 else "data"}
+    tuned["clone"] = "data" if args.reference in (None, "bc", "data") else "reference"
     args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
     for name, value in asdict(args).items():
         for v in value if isinstance(value, tuple) else (value,):
@@ -601,6 +608,17 @@ def model_fit(dynamics, obs, act, rew, next_obs):
     return {f"model/{k}": v for k, v in fit.items()}
 
 
+@torch.no_grad()
+def model_shift(dynamics, original, rollouts):
+    """How far the model has moved from the fitted one off the data, where nothing else holds it: on pairs of D_model, root mean
+    squared differences in r, in its unit, and in s', in standard deviations of the data."""
+    pairs = rollouts.pairs[: rollouts.added]
+    obs, act = pairs[:: max(1, len(pairs) // 2_000)].split([rollouts.mean.shape[0], pairs.shape[1] - rollouts.mean.shape[0]], -1)
+    shift = gaussian(dynamics, obs, act)[0] - gaussian(original, obs, act)[0]
+    shift = {"reward": shift[:, 0], "state": shift[:, 1:] / rollouts.std}
+    return {f"model/{k}_shift": v.square().mean().sqrt() for k, v in shift.items()}
+
+
 def data_fit(mean, logvar, obs, rew, next_obs, known, v_max):
     """E_D(M), averaged over the rows with a known successor: -log P_M(s'|s, a) + (R_M(s, a) - r)^2 / V_max^2"""
     error = next_obs - obs - mean[:, 1:]
@@ -743,8 +761,10 @@ class ARMOR:
         self.beta = torch.tensor(args.bellman_weight, device=device)
         self.projected = [p for k, p in self.qf.named_parameters() if k.endswith("weight")]
         groups = [{"params": list(self.qf.parameters())}]
-        if dynamics is not None:  # with its weight decay; the bounds of the log-variance are in no `inputs` and never step
-            groups += [{k: g[k] for k in ("params", "weight_decay")} for g in dynamics.optimizer().param_groups]
+        if dynamics is not None:  # the bounds of the log-variance are in no `inputs` and never step
+            scale = obs_dim + 1  # the fit averages twice the NLL over outputs; here it is summed, and counts for f_1 and for f_2
+            decays = [(g["params"], scale * g["weight_decay"]) for g in dynamics.optimizer().param_groups]
+            groups += [{"params": params, "weight_decay": decay} for params, decay in decays]
             self.PARTS += ("dynamics",)
         self.adam = dict(fused=True, capturable=device.type == "cuda")
         self.adversary_opt = torch.optim.Adam(groups, lr=args.fast_lr, **self.adam)
@@ -762,6 +782,11 @@ class ARMOR:
         """From the warm start to the game: slow policy, temperature 1; the critics' part of the optimiser goes on."""
         nn.init.zeros_(self.log_alpha["sac"])
         self.new_actor_optimizers(self.args.slow_lr)
+
+    def ramp_model(self, step):
+        """Adam begins anew with the game, and its first steps have full length whatever the gradient: without a ramp the fit is lost."""
+        for group in self.adversary_opt.param_groups[1:]:
+            group["lr"] = self.args.fast_lr * min(1, (step + 1) / self.args.model_ramp)
 
     def bellman(self, obs, act, rew, next_obs, terminated, others=()):
         """E^w of both critics, (2,), and their values of the rows' actions and of the `others` at the same states, (2, B) each."""
@@ -832,7 +857,7 @@ class ARMOR:
         pi_act, log_prob = squash(mean, log_std, torch.randn_like(mean))
         ref_act = None if self.reference is None else self.reference.sample(obs)
         loss, metrics = self.adversary_loss(obs, act, pi_act.detach(), ref_act, rew, next_obs, terminated, known)  # l. 5
-        model = [] if self.dynamics is None else [*self.dynamics.weight, *self.dynamics.bias]
+        model = [*self.dynamics.weight, *self.dynamics.bias] if self.dynamics is not None and self.args.bellman_weight else []
         norm = self.step_critics(loss, [*self.qf.parameters(), *model])  # both gradients, then both steps
         alpha = self.step_alpha(log_prob)
         policy_loss = self.policy_loss(obs, pi_act, log_prob, alpha)  # l. 6
@@ -925,9 +950,14 @@ def main(args):
     if num_model:
         dynamics = fitted_dynamics(data, args, device, run, key, given)
         run.state["dynamics"] = {k: v.clone() for k, v in run.state["dynamics"].items()}  # as it was fitted: the game changes M itself
-        some = known.nonzero().squeeze(1)
-        probe = unpack(rows[some[:: max(1, len(some) // 2_000)]], obs_dim, act_dim)[:4]
-        fitted = model_fit(dynamics, *probe)
+        some = known.nonzero().squeeze(1)  # the guard: rows that the fit held out, and that E_D leaves out as well
+        order = torch.randperm(len(some), generator=torch.Generator().manual_seed(args.seed)).to(device)  # as in train_dynamics
+        held_out = some[order[: max(1, min(int(args.holdout_ratio * len(some)), args.holdout_max))]]
+        known[held_out] = 0
+        probe = unpack(rows[held_out], obs_dim, act_dim)[:4]
+        original = Dynamics(obs_dim, act_dim, args).to(device)
+        original.load_state_dict(run.state["dynamics"])
+        fitted = model_fit(original, *probe)
         v_max = fitted["model/reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
         game |= {"dynamics": dynamics, "terminates": termination_fn(task, data), "v_max": v_max}
     if args.bf16:
@@ -950,12 +980,14 @@ def main(args):
         if num_model:
             rollouts.load_state_dict(run.state.pop("rollouts"))
 
+    some_obs = data.obs[:: max(1, len(data) // 2_000)].to(device)
     bar, score = progress(args.total_updates, args.exp_name, "update", step), None
     begin, mark = (step, time.time()), (step, time.time())
     while step < args.total_updates:  # l. 2
         idx = torch.randint(len(rows), (num_real,), device=device)
         batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3
         if num_model:
+            agent.ramp_model(step)
             metrics = agent.update(*batch, known[idx], rollouts.sample(num_model))
             rollouts.advance(step, batch[0], agent.policy, reference, dynamics)
         else:
@@ -965,8 +997,10 @@ def main(args):
         save = step % args.checkpoint_every == 0 or step == args.total_updates
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
+            metrics["q/policy_shift"] = (agent.act(some_obs) - reference.best(some_obs).cpu()).abs().mean()
             if num_model:
                 metrics |= rollouts.report() | model_fit(dynamics, *probe) | {f"{k}_fitted": v for k, v in fitted.items()}
+                metrics |= model_shift(dynamics, original, rollouts)
             run.log(step, metrics | {"charts/SPS": sps})
             shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
             bar.set_postfix(shown | ({} if score is None else {"score": score}))
@@ -976,7 +1010,8 @@ def main(args):
             ref = {"return": ref, "normalized_score": normalized_score(task, ref), "improvement": gap}  # beside eval/return
             run.log(step, {f"reference/{k}": v for k, v in ref.items()})
         if save:
-            if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters())):
+            model = dynamics.parameters() if num_model else ()
+            if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters(), *model)):
                 raise UserError(f"weights not finite at update {step}; {run.folder} keeps its last good checkpoint", status=3)
             run.save("policy", step, agent=agent.state_dict(), rollouts=rollouts.state_dict() if num_model else None)
     bar.close()

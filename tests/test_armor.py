@@ -283,10 +283,26 @@ def test_the_game_begins_with_a_slow_policy_and_a_new_temperature():
     assert not agent.policy_opt.state and not agent.alpha_opt.state and agent.alpha_opt.param_groups[0]["lr"] == 5e-4
     assert agent.adversary_opt.state[agent.qf.q1[0].weight]["step"] == 3  # the critics' part goes on
     assert {g["lr"] for g in agent.adversary_opt.param_groups} == {5e-4}
-    assert [g["weight_decay"] for g in agent.adversary_opt.param_groups] == [0, 2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4, 0]
+    decays, outputs = [g["weight_decay"] for g in agent.adversary_opt.param_groups], agent.dynamics.max_logvar.numel()
+    assert decays == [0, *(outputs * wd for wd in (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)), 0]
     before = agent.policy.net[0].weight.detach().clone()
     agent.update(*rows)
     assert 0 < (agent.policy.net[0].weight - before).abs().max() < 6e-7
+
+
+def test_the_model_begins_the_game_slowly_and_rests_without_bellman_error():
+    agent, rows = game()
+    for update, rate in ((0, 1e-6), (249, 2.5e-4), (499, 5e-4), (9_999, 5e-4)):
+        agent.ramp_model(update)
+        assert [g["lr"] for g in agent.adversary_opt.param_groups] == [5e-4, *[pytest.approx(rate)] * 6]
+    agent.ramp_model(0)
+    before = [w.detach().clone() for w in agent.dynamics.weight]
+    agent.update(*rows)
+    assert 0 < max((w - b).abs().max() for w, b in zip(agent.dynamics.weight, before, strict=True)) < 1.1e-6
+    agent, rows = game(replace(ARGS, bellman_weight=0.0))
+    before = [w.detach().clone() for w in agent.dynamics.weight]
+    agent.update(*rows)  # or the weight decay alone would take Adam's full steps
+    assert all(torch.equal(w, b) for w, b in zip(agent.dynamics.weight, before, strict=True))
 
 
 def test_warm_start_clones_the_given_actions_and_learns_their_values():
@@ -496,6 +512,7 @@ def test_settings():
         with pytest.raises(UserError):
             resolved(*flags)
     assert resolved("--model-buffer-size", "256").pairs_kept == 256
+    assert resolved().clone == "data" and resolved("--reference", "runs/x").clone == "reference"
 
 
 # --- runs ---
@@ -548,7 +565,9 @@ def test_a_run_compares_the_policy_with_its_reference(whole):
     guard = {"losses/adversary", "losses/data_fit", "losses/bellman", "losses/relative", "q/weight_norm", "q/policy", "q/reference"}
     guard |= {f"model/{k}{s}" for k in ("nll", "reward_error", "state_error") for s in ("", "_fitted")}
     guard |= {f"model/rollout_{k}" for k in ("restarts", "clipped", "drift_policy", "drift_reference")}
+    guard |= {"model/reward_shift", "model/state_shift", "q/policy_shift"}
     assert all(guard <= r.keys() for r in losses)
+    assert 0 < losses[0]["model/reward_shift"] < 0.1 and 0 < losses[0]["q/policy_shift"] < 0.1
     assert len({r["model/nll_fitted"] for r in losses}) == 1 < len({r["model/nll"] for r in losses})
     assert [r["model/warm_start_update"] for r in rows if "losses/clone" in r] == [10, 20, 30]
 
@@ -558,13 +577,14 @@ def test_batches_hold_real_rows_and_pairs_of_the_model(data_file, tmp_path, monk
 
     def update(self, obs, act, rew, next_obs, terminated, known, pairs):
         seen.append((len(obs), len(pairs)))
-        assert torch.equal(known, 1 - terminated) and terminated.any()  # in this file terminals, and only they, have no successor
+        assert terminated.any() and not (known * terminated).any()  # in this file terminals have no successor
+        seen[-1] += (((known == 0) & (terminated == 0)).any(),)  # nor does the game fit M to the rows that the fit held out
         return plain(self, obs, act, rew, next_obs, terminated, known, pairs)
 
     monkeypatch.setattr(m.ARMOR, "update", update)
     flags = ("--batch-size", "2000", "--model-ratio", "0.7", "--pairs-kept", "2000", "--warm-start-updates", "1", "--eval-episodes", "0")
     here(data_file, tmp_path, *flags, "--total-updates", "3")
-    assert seen == [(600, 0), (600, 1400), (600, 1400)]
+    assert seen == [(600, 0, True), (600, 1400, True), (600, 1400, True)]
 
 
 def test_a_run_killed_in_every_phase_ends_in_the_same_weights(whole, data_file, tmp_path):  # noqa: F811
