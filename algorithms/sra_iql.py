@@ -40,6 +40,8 @@ Further differences from the code:
   8. Given actions are clipped to 1 - 1e-6 before their density is taken, not 1 - 1e-7; the density at the mean action is exact.
   9. The number of rounds is that of the rounds that happen, where --rollout-every does not divide the updates after the warm-up.
  10. The networks do not change when the warm-up ends; the code reseeds there, and reloads Q as its own target if it resumes.
+ 11. "Earlier rounds" are earlier rounds. In the code the last one is among them (an object that is changed while shared), which
+     takes its share in round k from 0.3 to 0.3 + 0.7 / k.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -748,7 +750,14 @@ class IQL:
         policy_loss, clone = self.policy_loss(obs, act, advantage)
         descend(self.policy_opt, policy_loss)
         losses = {"losses/value": value_loss, "losses/critic": critic_loss, "losses/policy": policy_loss, "losses/clone": clone}
-        return {k: v.detach() for k, v in losses.items()} | q_metrics | {"q/advantage": advantage.mean()}
+        return {k: v.detach() for k, v in losses.items()} | q_metrics
+
+    @torch.no_grad()
+    def standing(self, obs, act):
+        """What the learner thinks of some rows: mean advantage, and the mean weight with which it clones their actions."""
+        advantage = self.target_qf(obs, act).amin(0) - self.vf(obs).squeeze(-1)
+        weight = (self.args.inverse_temperature * advantage).exp().clamp(max=100)
+        return {"advantage": advantage.mean(), "weight": weight.mean()}
 
     @torch.no_grad()
     def act(self, obs):
@@ -781,10 +790,13 @@ def labelled(data, reward, normalizer, device):
 
 
 def one_step_error(dynamics, obs, act, next_obs):
-    """Root mean square of the error in s, in standard deviations of the states, and the explained share of the variance of s - s'."""
+    """Root mean square of the error in s, in standard deviations of the states, and the explained share of the variance of s - s':
+    over all dimensions, and of the worst."""
     chunks = zip(*(x.split(2_000) for x in (next_obs, act, obs)), strict=True)
-    mse = torch.cat([(dynamics.predict(s2, a) - s).square() for s2, a, s in chunks]).mean()
-    return {"one_step_rmse": mse.sqrt(), "explained_variance": 1 - mse / (obs - next_obs).var(0, unbiased=False).mean()}
+    mse = torch.cat([(dynamics.predict(s2, a) - s).square() for s2, a, s in chunks]).mean(0)  # (O,)
+    variance = (obs - next_obs).var(0, unbiased=False)
+    worst = (1 - mse / variance.clamp(min=1e-12)).amin()
+    return {"one_step_rmse": mse.mean().sqrt(), "explained_variance": 1 - mse.mean() / variance.mean(), "explained_variance_worst": worst}
 
 
 def reverse_models(expert_rows, rows, obs_dim, act_dim, args, run, key, given):
@@ -839,7 +851,9 @@ class AugmentedData:
         self.goals = torch.cat([self.goals, new])
         self.older, self.new = self.new if self.older is None else torch.cat([self.older, self.new]), rows
         if not again:
-            self.run.log(step, stats | {"model/goals": len(new), "model/log_confidence_threshold": threshold} | self.look(step))
+            far = torch.cdist(rows[:: max(1, len(rows) // 2_000), : self.expert.shape[1]], self.expert).amin(1)
+            stats |= {"model/goals": len(new), "model/log_confidence_threshold": threshold, "model/distance_to_expert": far.median()}
+            self.run.log(step, stats | self.look(step))
 
     def __call__(self, size):
         """Rows of the last round and of the rounds before it, in exact shares."""
@@ -848,8 +862,8 @@ class AugmentedData:
         return torch.cat([rows[torch.randint(len(rows), (n,), device=rows.device)] for rows, n in draws if n])
 
     def look(self, step):
-        """On a maze, where expert, supplementary and imagined states are, as augmentation_<step>.png, and the true simulator's word
-        on the last round: how far its actions lead from where it says."""
+        """On a maze, where expert, supplementary and imagined states are, as augmentation_<step>.png, the true simulator's word on
+        the last round (how far its actions lead from where it says), and its share of states at rest, such as that at the goal."""
         if self.run.task.domain != "maze2d":
             return {}
         from maze2d_env import replay_error, view_states
@@ -860,7 +874,9 @@ class AugmentedData:
         self.run.write(f"augmentation_{step}.png", lambda f: view_states(maze, groups).save(f, "PNG"))
         some = slice(None, None, max(1, len(obs) // 500))
         chains = (self.normalizer.inverse(obs[some]), act[some], self.normalizer.inverse(next_obs[some]))  # of one step each
-        return {"model/replay_error_1": replay_error(maze, *(x[:, None].double().cpu().numpy() for x in chains))[0]}
+        resting = (self.normalizer.inverse(obs)[:, 2:].norm(dim=1) < 0.1).float().mean()
+        error = replay_error(maze, *(x[:, None].double().cpu().numpy() for x in chains))[0]
+        return {"model/replay_error_1": error, "model/imagined_at_rest": resting}
 
 
 def main(args):
@@ -921,6 +937,9 @@ def main(args):
         save = step % args.checkpoint_every == 0 or step == args.total_updates
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
+            if args.iql_weight:
+                for group, part in zip(("expert", "supplementary", "imagined"), batch, strict=False):
+                    metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
             run.log(step, metrics | {"charts/SPS": sps})
             shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
             bar.set_postfix(shown | ({} if score is None else {"score": score}))
