@@ -136,13 +136,13 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # rate of the target networks
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of policy, Q functions and V
-    learning_rate: float | None = None  # policy, Q functions and V; None: the task's value
+    learning_rate: float | None = None  # of all networks of the learner; None: the task's value
     learning_rate_drop: int | None = None  # update at which it falls to a tenth, 0: never; None: half-way on mazes, else never
     cosine_updates: int = 500_000  # in which a cosine takes the policy's rate to 0, whatever the number of updates; 0: constant
     weight_decay: float = 5e-3  # Adam's own, which adds it to the gradient, of all weights and biases
     expectile: float = 0.7  # tau in the paper
     inverse_temperature: float = 3.0  # of the advantage weights (beta)
-    bc_weight: float = 1.0  # of the cloning of expert rows; 0: the policy of plain IQL
+    bc_weight: float = 1.0  # of the cloning of expert rows; 0: none, the plain learner
     iql_weight: float = 1.0  # of the advantage-weighted term (alpha); 0: behaviour cloning
 
 
@@ -681,12 +681,13 @@ def expectile_loss(u, expectile):
 
 
 class IQL:
-    """Implicit Q-learning, its policy held to the expert rows by behaviour cloning (algos/oil/iql.py). Beside update and act a
-    learner has a `policy` with log_confidence(obs); whatever has these three can take its place."""
+    """Implicit Q-learning, its policy held to the expert rows by behaviour cloning (algos/oil/iql.py). A learner has update, act,
+    standing and `confidence`, the policy whose log_confidence(obs) decides what is imagined; whatever has these can take its
+    place, as sra_td3bc.py, sra_awac.py and sra_sacn.py show."""
 
     def __init__(self, normalizer, obs_dim, act_dim, args, device):
         self.args, self.device, self.normalizer = args, device, normalizer
-        self.policy = ClampedPolicy(obs_dim, act_dim, args.hidden).to(device)
+        self.policy = self.confidence = ClampedPolicy(obs_dim, act_dim, args.hidden).to(device)
         self.vf = mlp(obs_dim, *args.hidden, 1).to(device)
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
@@ -755,6 +756,8 @@ class IQL:
     @torch.no_grad()
     def standing(self, obs, act):
         """What the learner thinks of some rows: mean advantage, and the mean weight with which it clones their actions."""
+        if not self.args.iql_weight:
+            return {}
         advantage = self.target_qf(obs, act).amin(0) - self.vf(obs).squeeze(-1)
         weight = (self.args.inverse_temperature * advantage).exp().clamp(max=100)
         return {"advantage": advantage.mean(), "weight": weight.mean()}
@@ -927,7 +930,7 @@ def main(args):
         num_model = 0
         if augmenting and step >= args.warmup:
             if (step - args.warmup) % args.rollout_every == 0:
-                imagined.add(step, agent.policy.state_dict())
+                imagined.add(step, agent.confidence.state_dict())
             num_model = round(args.model_ratio * half)
         draws = ((expert_rows, half), (rows, half - num_model))
         batch = [x[torch.randint(len(x), (n,), device=device)] for x, n in draws] + ([imagined(num_model)] if num_model else [])
@@ -937,16 +940,15 @@ def main(args):
         save = step % args.checkpoint_every == 0 or step == args.total_updates
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
-            if args.iql_weight:
-                for group, part in zip(("expert", "supplementary", "imagined"), batch, strict=False):
-                    metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
+            for group, part in zip(("expert", "supplementary", "imagined"), batch, strict=False):
+                metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
             run.log(step, metrics | {"charts/SPS": sps})
             shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
             bar.set_postfix(shown | ({} if score is None else {"score": score}))
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
             score = round(run.evaluate(step, envs, agent.act), 1)
         if save:
-            if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters())):
+            if not all(p.isfinite().all() for f in vars(agent).values() if isinstance(f, nn.Module) for p in f.parameters()):
                 raise UserError(f"weights not finite at update {step}; {run.folder} keeps its last good checkpoint", status=3)
             run.save("policy", step, agent=agent.state_dict(), **({"rollout_policies": imagined.policies} if augmenting else {}))
     bar.close()
