@@ -136,11 +136,18 @@ def cases(args):
         rollouts.advance(1, half[0], game.policy, game.reference, game.dynamics)
 
     yield "armor update", armor_update, 1, "update", None, 30
-    sra_iql = importlib.import_module("sra_iql")
-    torch.set_flush_denormal(True)  # as its main(): weight decay makes denormal numbers in a long timing, too
+    torch.set_flush_denormal(True)  # as SRA's main(): weight decay makes denormal numbers in a long timing, too
     maze, rows_512 = importlib.import_module("utils").parse_task("maze2d-umaze"), batch(512, 4, 2)
-    agent = sra_iql.IQL(sra_iql.Normalizer(rows_512[0]), 4, 2, sra_iql.resolve(sra_iql.Args(compile=args.compile), maze), device)
-    yield "iql update, 512 rows", lambda agent=agent: agent.update(*rows_512, 0), 1, "update", 14.8, 8.2  # CORL: 7.4 for 256
+    learners = {
+        "iql update, 512 rows": ("sra_iql", "IQL", 14.8, 8.2),  # CORL: 7.4 for 256 rows
+        "td3+bc update, 512 rows": ("sra_td3bc", "TD3BC", None, None),
+        "awac update, 512 rows": ("sra_awac", "AWAC", None, None),
+        "sac-n update, 512 rows": ("sra_sacn", "SACN", None, None),
+    }
+    for name, (script, learner, known, target) in learners.items():
+        sra = importlib.import_module(script)
+        agent = getattr(sra, learner)(sra.Normalizer(rows_512[0]), 4, 2, sra.resolve(sra.Args(compile=args.compile), maze), device)
+        yield name, lambda agent=agent: agent.update(*rows_512, 0), 1, "update", known, target
 
 
 def timed(fn, device, at_least=0.25):
@@ -187,7 +194,7 @@ def speed(args: Speed):
         ms, rate, work = 1e3 * statistics.median(times), statistics.median(rates), gflop(fn) / units
         share = statistics.median(work / t / r for t, r in zip(times, rates, strict=True))
         cells = [f"{ms:.2f}", f"{1e3 / ms:.2f}", f"{work:.2f}", f"{work / ms * 1e3:.0f}", f"{rate:.0f}", f"{share:.0%}"]
-        cells += [f"{known}" if known else "-", f"{target:g}"]
+        cells += [f"{x:g}" if x else "-" for x in (known, target)]
         print(f"{name:30s}" + "".join(f"{c:>12s}" for c in cells), flush=True)
         rows.append({"case": name, "unit": unit, "ms": ms, "gflop": work, "matrix_gflop_s": rate, "share": share})
         rows[-1] |= {"known_ms": known, "target_ms": target}

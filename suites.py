@@ -56,6 +56,7 @@ CQL, BCQ = "--bc-warmup 20 --cql-samples 2", "--bcq-samples 2 --eval-samples 4"
 GAME = "--dynamics-max-epochs 2 --warm-start-updates 20 --model-buffer-size 5000"
 SRA = "--dynamics-max-epochs 1 --model-buffer-size 4000 --rollout-every 20 --rollout-policy cvae --rollout-policy-updates 40"
 SRA += " --vae-hidden 16 --expert-dataset {run_dir}/data/maze2d_umaze_expert.hdf5"
+LEARNERS, WITH_AND_WITHOUT = ("td3bc", "awac", "sacn"), (("uds", " --model-ratio 0"), ("sra", ""))
 
 SMOKE = Suite(
     flags=TINY,
@@ -84,6 +85,7 @@ SMOKE = Suite(
         Row("bc_expert", "sra_iql", MAZE, f"{SRA} --iql-weight 0"),
         Row("uds_iql", "sra_iql", MAZE, f"{SRA} --model-ratio 0"),
         Row("sra_iql", "sra_iql", MAZE, SRA),
+        *(Row(f"{kind}_{x}", f"sra_{x}", MAZE, f"{SRA}{flags}", "sra_iql") for x in LEARNERS for kind, flags in WITH_AND_WITHOUT),
     ],
 )
 
@@ -109,6 +111,8 @@ LAPTOP = Suite(
         Row("bc_expert", "sra_iql", MAZE, "--total-updates 60000 --iql-weight 0"),
         Row("uds_iql", "sra_iql", MAZE, "--total-updates 60000 --model-ratio 0"),
         Row("sra_iql", "sra_iql", MAZE, "--total-updates 60000 --rollout-every 20000", seeds=(0,)),
+        *(Row(f"uds_{x}", f"sra_{x}", MAZE, "--total-updates 60000 --model-ratio 0", seeds=(0,)) for x in LEARNERS),
+        *(Row(f"sra_{x}", f"sra_{x}", MAZE, "--total-updates 60000 --rollout-every 20000", "sra_iql", (0,)) for x in LEARNERS),
     ],
 )
 
@@ -120,6 +124,7 @@ NINE = tuple(f"{robot}-{kind}" for kind in ("medium", "medium-replay", "medium-e
 TWELVE = (*(f"{robot}-random" for robot in ROBOTS), *NINE)
 JUMPS = ("halfcheetah-jump", "ant-angle")
 IMITATION = (*MAZES, *(f"{robot}-{kind}" for kind in ("medium", "medium-expert") for robot in (*ROBOTS, "ant")))
+COMBINED = (*(m for m in MAZES if "dense" not in m), *(f"{robot}-medium" for robot in (*ROBOTS, "ant")))  # SRA, Table 4
 FOUR = (0, 1, 2, 3)
 PAPER = Suite(
     data=dict.fromkeys(JUMPS, "generated"),
@@ -140,6 +145,7 @@ PAPER = Suite(
         Row("bc_expert", "sra_iql", IMITATION, "--iql-weight 0", seeds=FOUR),
         Row("uds_iql", "sra_iql", IMITATION, "--model-ratio 0", seeds=FOUR),
         Row("sra_iql", "sra_iql", IMITATION, seeds=FOUR),  # SRA, main table
+        *(Row(f"{kind}_{x}", f"sra_{x}", COMBINED, flags, "sra_iql", FOUR) for x in LEARNERS for kind, flags in WITH_AND_WITHOUT),
     ],
 )
 
@@ -158,6 +164,9 @@ CASES = {
     "armor": {"armor update": 1},
     "atac": {"atac update": 1},
     "sra_iql": {"iql update, 512 rows": 1},
+    "sra_td3bc": {"td3+bc update, 512 rows": 1},
+    "sra_awac": {"awac update, 512 rows": 1},
+    "sra_sacn": {"sac-n update, 512 rows": 1},
     "bc": {"bc update": 1},
     "bc_uniform": {"bc update": 1},
     "bc_expert": {"bc update": 1},
@@ -286,7 +295,7 @@ def hours(job, ms):
     cases = {case: job.updates * calls for case, calls in (CASES.get(job.row) or CASES.get(job.script, {"": 0})).items()}
     if "--bf16" in job.command:
         cases = {f"{case}, bf16" if f"{case}, bf16" in ms else case: calls for case, calls in cases.items()}
-    if job.trains_model and job.script != "sra_iql":
+    if job.trains_model and not job.script.startswith("sra_"):
         cases["dynamics step"] = MODEL_STEPS
     return sum(ms[case] * calls for case, calls in cases.items()) / 3.6e6 if cases.keys() <= ms.keys() else None
 

@@ -463,6 +463,7 @@ def test_critic_loss_by_hand(n):
     noise, uniform = torch.randn(2 * n, 4, 2), 2 * torch.rand(n, 3, 2) - 1
     td_by_hand = penalty_by_hand = 0.0
     for i in range(n):
+
         def pi(state, z):
             mean, log_std = agent.policy(state[None])
             u = mean[0] + log_std[0].exp() * z

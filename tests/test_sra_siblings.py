@@ -102,7 +102,7 @@ def test_siblings_differ_in_the_learner_only(script):
     assert ours["main"].replace(f"agent, step = {learner}(", "agent, step = IQL(") == theirs[1]["main"]
     assert not [name for name in ours.keys() - own - {"main"} if ours[name] != theirs[1][name]]
     a, b = (parts(s)[1]["Args"].splitlines() for s in (script, "sra_iql"))
-    until = [line for line in b if "# --- learner ---" in line][0]  # no flag above the learner's differs, but for the names of runs
+    until = next(line for line in b if "# --- learner ---" in line)  # no flag above the learner's differs, but for the names of runs
     assert [x for x, y in zip(a[: a.index(until)], b, strict=False) if x != y] == [a[3]] and "exp_name" in a[3]
 
 
@@ -249,7 +249,7 @@ def test_awac_weights_are_clipped_at_100_and_have_no_gradient():
     assert by_hand[-1] == 100 and by_hand[0] < 0.01
     advantage, weight = a.weight(obs, act, act)
     assert weight.tolist() == pytest.approx(by_hand, rel=1e-4) and advantage.tolist() == pytest.approx(q.tolist())
-    loss, clone = a.policy_loss(obs, act)
+    loss, _ = a.policy_loss(obs, act)
     mean, log_std = a.policy(obs)
     log_prob = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()).log_prob(act).sum(1)
     expected = -log_prob[:6].mean() - (torch.tensor(by_hand) * log_prob).mean()
@@ -286,7 +286,7 @@ def test_awac_updates_critics_then_policy():
 
 def test_td3bc_weight_of_q_is_a_number_without_gradient():
     a, (obs, act, *_) = agent("sra_td3bc"), batch()
-    loss, clone = a.policy_loss(obs, act)
+    loss, _ = a.policy_loss(obs, act)
     pi_act = a.policy(obs)
     q = a.qf(obs, pi_act)[0]
     size = sum(abs(x) for x in q.tolist()) / 12
