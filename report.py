@@ -12,7 +12,7 @@ import re
 import shlex
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,17 @@ def cells_of(folders):
             raise UserError(f"{cell.task}, {cell.algorithm}: two results of one seed ({seeds}) in one cell")
     order = {name: i for i, name in enumerate(PRINTED)}
     return sorted(cells.values(), key=lambda c: (c.task, c.source, order.get(c.algorithm, 99), c.algorithm, c.updates, c.flags, c.data))
+
+
+def common_length(group):
+    """The cells of one algorithm that differ in the number of updates alone, as one cell of them all at the smallest number; None
+    where that is not what shorter runs would have printed: settings of SRA depend on the number of updates."""
+    fewest = min(cell.updates for cell in group)
+    runs = [(result, [xy for xy in points if xy[0] <= fewest]) for cell in group for result, points in cell.runs]
+    longest = {result["seed"]: (result, points) for result, points in runs}  # of a seed that ran twice, the run that went on
+    cuttable = all(points[-1:] and points[-1][0] == fewest for _, points in runs)
+    cuttable = cuttable and all("sra_" not in result.get("command", ["sra_"])[0] for result, _ in runs)
+    return replace(group[0], updates=fewest, runs=[longest[seed] for seed in sorted(longest)]) if len(group) > 1 and cuttable else None
 
 
 # --- table ---
@@ -154,16 +165,21 @@ def task_table(cells):
     differ = any(cell.updates != fewest for cell in cells)
     shared = [flag for flag in cells[0].flags if len(cells) > 1 and flag[:2] == "--" and all(flag in cell.flags for cell in cells)]
     several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in ("data", "experts")}
-    rows = []
+    rows, alike = [], {}
     for cell in cells:
-        tails = [np.mean([y for _, y in points[-10:]]) for _, points in cell.runs if points]
-        row = [cell.algorithm, thousands(cell.updates), ", ".join(str(result["seed"]) for result, _ in cell.runs)]
-        row += [spread(cell.last), iqm_cell([cell.last]), spread(tails)]
-        row += [spread([dict(points)[fewest] for _, points in cell.runs if fewest in dict(points)])] if differ else []
-        row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
-        row += [f"{statistics.median(result['wall_time_s'] for result, _ in cell.runs) / 3600:.1f} h"]
-        apart = [f" ({name} {getattr(cell, name)})" for name in several if several[name] and getattr(cell, name)]
-        rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
+        alike.setdefault((cell.algorithm, cell.flags, cell.episodes, cell.data, cell.experts, cell.normalized), []).append(cell)
+    for group in alike.values():
+        together = common_length(group)
+        for cell in group + [together] * bool(together):
+            tails = [np.mean([y for _, y in points[-10:]]) for _, points in cell.runs if points]
+            row = [cell.algorithm, "after " * (cell is together) + thousands(cell.updates)]
+            row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last), iqm_cell([cell.last]), spread(tails)]
+            row += [spread([dict(points)[fewest] for _, points in cell.runs if fewest in dict(points)])] if differ else []
+            row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
+            hours = statistics.median(result["wall_time_s"] for result, _ in cell.runs) / 3600
+            row += ["-" if cell is together else f"{hours:.1f} h"]
+            apart = [f" ({name} {getattr(cell, name)})" for name in several if several[name] and getattr(cell, name)]
+            rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
     titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
     titles += [f"at {thousands(fewest)}"] if differ else []
     unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"

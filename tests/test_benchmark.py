@@ -85,6 +85,21 @@ def test_one_seed_has_no_spread_and_two_no_interval(tmp_path):
     assert mopo["at 1 000"] == "3.0" and combo["at 1 000"] == "4.0 ± 0.0"  # where the shortest ended
 
 
+def test_seeds_of_different_length_meet_where_the_shortest_ends(tmp_path):
+    made_up(tmp_path, "bcq", 0, [1.0, 7.0, 50.0])
+    for seed in (1, 2):
+        made_up(tmp_path, "bcq", seed, [2.0, 7.0 + seed])
+    made_up(tmp_path, "bcq", 2, [5.0, 5.0], flags=["--gamma", "0.9"])  # no seed of theirs
+    made_up(tmp_path, "sra_iql", 0, [1.0, 2.0], command=["algorithms/sra_iql.py"])
+    made_up(tmp_path, "sra_iql", 1, [1.0], command=["algorithms/sra_iql.py"])
+    shorter, longer, together, other, *sra = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
+    assert (shorter["seeds"], longer["seeds"], longer["last evaluation"]) == ("1, 2", "0", "50.0") and other["flags"] == "`--gamma 0.9`"
+    assert (together["updates"], together["seeds"], together["wall time"]) == ("after 2 000", "0, 1, 2", "-")
+    assert together["last evaluation"] == "8.0 ± 1.0" and together["IQM [95 %]"] == "8.0 [7.0, 9.0]"
+    assert together["mean of the last 10"] == "4.8 ± 0.8"  # 4, 5, 5.5
+    assert [row["updates"] for row in sra] == ["1 000", "2 000"]  # its rounds are spread over the updates: not comparable
+
+
 def test_interquartile_mean_and_its_interval():
     assert report.iqm([[1, 2, 3, 4, 5, 6, 7, 100]])[0] == 4.5  # 3, 4, 5, 6 are left
     a, b = [1.0, 2.0, 3.0], [10.0, 20.0, 60.0]
