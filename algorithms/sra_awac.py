@@ -21,7 +21,7 @@ trajectories?". Files are the code's, the learner's CORL's.
 
     python algorithms/sra_awac.py --env maze2d-umaze
     python algorithms/sra_awac.py --env maze2d-umaze --model-ratio 0     # no augmentation: UDS + AWAC + BC, the control
-    python algorithms/sra_awac.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_plain     # UDS + AWAC alone
+    python algorithms/sra_awac.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_awac_plain     # UDS + AWAC alone
     python algorithms/sra_awac.py --env maze2d-umaze --expert-dataset my_demonstrations.npz
 
 Half of a batch is expert rows; of the other half a share eta is D^R (70 % of it from earlier rounds, 30 % from the last one)
@@ -43,15 +43,21 @@ Further differences from the code:
  11. "Earlier rounds" are earlier rounds. In the code the last one is among them (an object that is changed while shared), which
      takes its share in round k from 0.3 to 0.3 + 0.7 / k.
 
-SRA with AWAC stands in the slides' Table 4, but its settings and code are unpublished: the authors' repository holds IQL only.
-What follows is ours. All that is not the learner is as in sra_iql.py: labels, halves of a batch, widths, rates with drop and
-cosine, weight decay, eta, h, rounds, and the cloning of the expert half with weight 1 (--bc-weight 0: without).
+SRA with AWAC stands in the slides' Table 4, but its settings and source are unpublished (the authors' repository has the source of
+IQL only, of the others byte code, which we did not read). What follows is ours. All that is not the learner is as in sra_iql.py:
+labels, halves of a batch, widths, rates with drop and cosine, weight decay, eta, h, rounds, and the cloning of the expert half with
+weight 1 (--bc-weight 0: without).
  12. The policy is the tanh-squashed Gaussian of sra_iql.py, whose standard deviation depends on the state: confidence is its
      density, which is the same in all states with CORL's, a Gaussian with one standard deviation for all of them.
- 13. lambda is CORL's: 0.1 on mazes, 0.3333 on hopper, halfcheetah and walker2d, 1 (its default) elsewhere. CORL has true rewards;
-     labels are 0 or 1, and Q is at most 1 / (1 - gamma) = 100 (q/largest in the log shows whether it stays there).
- 14. 2 hidden layers, CORL has 3. The loss of Q is the mean of both errors, CORL's the sum: Adam adds the weight decay to the
-     gradient, so that the sum would halve it beside IQL's.
+ 13. lambda is CORL's: 0.1 on mazes, 0.3333 on hopper, halfcheetah and walker2d, 1, its default, on ant and all others (CORL has 0.1
+     on antmaze and adroit). It goes with the scale of rewards, which are labels here, 0 or 1, of expert rows, not of the goal. Q is
+     at most 1 / (1 - gamma) = 100: in the log q/largest shows whether it stays there for the batch's actions, q/largest_target for
+     the policy's.
+ 14. 2 hidden layers, CORL has 3. AWAC has no weight decay. The loss of Q is the mean of both errors, CORL's the sum: Adam adds the
+     decay to the gradient, so that the sum would halve it beside IQL's.
+ 15. The clip of the weights at 100 and the smaller of two Q functions are CORL's. Log standard deviations are clamped to [-5, 2],
+     there to [-20, 2]; actions are squashed, there clipped. Constant rates of 3e-4, 256 rows of one data set and a million updates
+     are CORL's, not ours.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -705,6 +711,7 @@ class AWAC:
             target_q = rew + self.args.gamma * (1 - terminated) * self.target_qf(next_obs, next_act).amin(0)  # (B,)
         q = self.qf(obs, act)  # (2, B)
         stats = {"q/batch": q.detach().mean(), "q/target": target_q.mean(), "q/largest": q.detach().amax()}
+        stats |= {"q/largest_target": target_q.amax()}
         return (q - target_q).square().mean(), stats
 
     def weight(self, obs, act, pi_act):
@@ -732,8 +739,8 @@ class AWAC:
         self.qf_opt.param_groups[0]["lr"] = full * (0.1 * others if dropped else 1.0)
 
     def update(self, obs, act, rew, next_obs, terminated, step):
-        """Q functions, targets, policy, in this order (in CORL the targets come last; the policy's loss has none); the first half
-        of the batch is expert rows. Returns metrics, which the next update may overwrite."""
+        """Q functions, targets, policy, in this order (in CORL the targets come last: the same, as the policy's loss uses none);
+        the first half of the batch is expert rows. Returns metrics, which the next update may overwrite."""
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         self.set_rates(step)

@@ -21,7 +21,7 @@ trajectories?". Files are the code's, the learner's CORL's.
 
     python algorithms/sra_sacn.py --env maze2d-umaze
     python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0     # no augmentation: UDS + SAC-N + BC, the control
-    python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_plain     # UDS + SAC-N alone
+    python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_sacn_plain     # UDS + SAC-N alone
     python algorithms/sra_sacn.py --env maze2d-umaze --expert-dataset my_demonstrations.npz
 
 Half of a batch is expert rows; of the other half a share eta is D^R (70 % of it from earlier rounds, 30 % from the last one)
@@ -43,16 +43,21 @@ Further differences from the code:
  11. "Earlier rounds" are earlier rounds. In the code the last one is among them (an object that is changed while shared), which
      takes its share in round k from 0.3 to 0.3 + 0.7 / k.
 
-SRA with SAC-N stands in the slides' Table 4, but its settings and code are unpublished: the authors' repository holds IQL only.
-What follows is ours. All that is not the learner is as in sra_iql.py: labels, halves of a batch, widths, rates with drop and
-cosine, weight decay, eta, h, rounds, and the cloning of the expert half with weight 1 (--bc-weight 0: without).
+SRA with SAC-N stands in the slides' Table 4, but its settings and source are unpublished (the authors' repository has the source of
+IQL only, of the others byte code, which we did not read). What follows is ours. All that is not the learner is as in sra_iql.py:
+labels, halves of a batch, widths, rates with drop and cosine, weight decay, eta, h, rounds, and the cloning of the expert half with
+weight 1 (--bc-weight 0: without).
  12. N is CORL's: 25 on mazes, 500 on hopper (there for medium), 10 on halfcheetah, 20 on walker2d; 10, its default, elsewhere.
-     Nothing but the smallest of N holds Q down. Labels are 0 or 1, so that but for the entropy it is at most 1 / (1 - gamma) = 100:
-     q/largest in the log shows whether it stays there, q/spread how far the N disagree.
+     500 want a GPU (262 MB a hidden layer); --num-critics takes fewer. Nothing but the smallest of N holds Q down. Labels are 0 or
+     1, so that but for the entropy it is at most 1 / (1 - gamma) = 100: in the log q/largest shows whether it stays there for the
+     batch's actions, q/largest_target for the policy's; q/spread and q/spread_policy how far the N disagree about each.
  13. 2 hidden layers, CORL has 3; PyTorch's initialisation, CORL has EDAC's (small last layers, biases of 0.1); SRA's number of
      updates, CORL has 3 million.
  14. The loss of Q is half the sum of the N errors, CORL's the sum: Adam adds the weight decay to the gradient, and so each Q decays
-     as each of IQL's two does. The temperature has the policy's rate and no decay.
+     as each of IQL's two does (SAC-N has no decay). The temperature has the policy's rate and no decay.
+ 15. The temperature steers the policy's mean entropy to -dim A, and with it the level of Conf: only differences between states
+     mean something, which is all that a quantile and relative weights use. A policy that climbs Q saturates, which raises Conf too;
+     beyond the clamp of the mean (not SAC-N's) entropy has no gradient to pull it back.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -697,7 +702,7 @@ class SACN:
         self.qf = QFunctions(obs_dim, act_dim, args.hidden, args.num_critics).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden, args.num_critics).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())
-        self.log_alpha = nn.ParameterDict({"sac": torch.zeros(())}).to(device)  # temperature
+        self.log_alpha = nn.ParameterDict({"value": torch.zeros(())}).to(device)  # temperature
         self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         self.policy_opt, self.qf_opt = (torch.optim.Adam(f.parameters(), **adam) for f in (self.policy, self.qf))
@@ -712,7 +717,7 @@ class SACN:
         with torch.no_grad():
             mean, log_std = self.policy(obs)
             log_prob = squash(mean, log_std, torch.randn_like(mean))[1].mean()
-        return -self.log_alpha["sac"] * (log_prob + self.target_entropy), -log_prob
+        return -self.log_alpha["value"] * (log_prob + self.target_entropy), -log_prob
 
     def policy_loss(self, obs, act, alpha):
         """Smallest Q and entropy of the policy's actions, and cloning of the expert rows, the first half."""
@@ -727,11 +732,12 @@ class SACN:
         with torch.no_grad():
             mean, log_std = self.policy(next_obs)
             next_act, next_log_prob = squash(mean, log_std, torch.randn_like(mean))
-            next_q = self.target_qf(next_obs, next_act).amin(0) - alpha * next_log_prob  # (B,)
-            target_q = rew + self.args.gamma * (1 - terminated) * next_q
+            next_q = self.target_qf(next_obs, next_act)  # (N, B)
+            target_q = rew + self.args.gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob)  # (B,)
         q = self.qf(obs, act)  # (N, B)
         stats = {"q/batch": q.detach().mean(), "q/target": target_q.mean(), "q/largest": q.detach().amax()}
-        return 0.5 * (q - target_q).square().mean(1).sum(), stats | {"q/spread": q.detach().std(0, unbiased=False).mean()}
+        stats |= {"q/largest_target": target_q.amax(), "q/spread": q.detach().std(0, unbiased=False).mean()}
+        return 0.5 * (q - target_q).square().mean(1).sum(), stats | {"q/spread_policy": next_q.std(0, unbiased=False).mean()}
 
     def set_rates(self, step):
         """Policy's and temperature's rates follow a cosine, and from the drop on a tenth of it; Q keeps its own until the drop,
@@ -751,7 +757,7 @@ class SACN:
         self.set_rates(step)
         alpha_loss, entropy = self.alpha_loss(obs)
         descend(self.alpha_opt, alpha_loss)
-        alpha = self.log_alpha["sac"].detach().exp()
+        alpha = self.log_alpha["value"].detach().exp()
         policy_loss, clone = self.policy_loss(obs, act, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
         critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated, alpha)

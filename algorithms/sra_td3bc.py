@@ -9,20 +9,20 @@ and "How to generate reverse trajectories?". Files are the code's, the learner's
 
   reverse model    s = T(s', a), mean of 7 networks          squared error on D^E u D^S             l. 1-3   DynamicsModel.py
   reverse policy   pi_r(a|s'): uniform, or a CVAE            variational bound on D^E u D^S         l. 4-6   ReverseBC.py
-  confidence       Conf(s) = pi(E[a|s] | s)                  the policy's density at its mean action
+  confidence       Conf(s) = pi_c(E[a|s] | s)                density of a second policy at its mean action (12)
   goals            G = {s : Conf(s) >= c} u D^E              c: of expert states, a quantile or,    l. 8     sra_iql.py
                                                              as on the slides, the mean (Eq. 4)
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)      h steps back from the goals (Eq. 2),   l. 9     ReverseAugmentation.py
-                   D^R: kept with weights 1 / Conf(s)        where the policy is unsure (Eq. 5)     l. 10
+                   D^R: kept with weights 1 / Conf(s)        where pi_c is unsure (Eq. 5)     l. 10
   labels           reward 1 on D^E, 0 on D^S and D^R         as UDS does                            l. 11    sra_iql.py
-  learner          Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2   a' = pi'(s') + clipped noise          TD3           td3_bc.py
+  learner          Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2   a' = pi'(s') + clipped noise, clipped TD3           td3_bc.py
                    pi: MSE_DE - lambda E[Q_1(s, pi(s))] + MSE   MSE = E[(pi(s) - a)^2],              TD3+BC
                                                                 lambda = alpha / E|Q_1|
-                   Conf: -E_DE[log pi_c], of a pi_c that serves nothing else
+                   pi_c: -E_DE[log pi_c]                     it gives Conf and serves nothing else (12)
 
     python algorithms/sra_td3bc.py --env maze2d-umaze
     python algorithms/sra_td3bc.py --env maze2d-umaze --model-ratio 0     # no augmentation: UDS + TD3+BC + BC, the control
-    python algorithms/sra_td3bc.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_plain     # UDS + TD3+BC alone
+    python algorithms/sra_td3bc.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_td3bc_plain     # UDS + TD3+BC alone
     python algorithms/sra_td3bc.py --env maze2d-umaze --expert-dataset my_demonstrations.npz
 
 Half of a batch is expert rows; of the other half a share eta is D^R (70 % of it from earlier rounds, 30 % from the last one)
@@ -44,20 +44,25 @@ Further differences from the code:
  11. "Earlier rounds" are earlier rounds. In the code the last one is among them (an object that is changed while shared), which
      takes its share in round k from 0.3 to 0.3 + 0.7 / k.
 
-SRA with TD3+BC stands in the slides' Table 4, but its settings and code are unpublished: the authors' repository holds IQL only.
-What follows is ours. All that is not the learner is as in sra_iql.py: labels, halves of a batch, widths, rates with drop and
-cosine, weight decay, eta, h, rounds, and the cloning of the expert half with weight 1 (--bc-weight 0: without).
+SRA with TD3+BC stands in the slides' Table 4, but its settings and source are unpublished (the authors' repository has the source
+of IQL only, of the others byte code, which we did not read). What follows is ours. All that is not the learner is as in sra_iql.py:
+labels, halves of a batch, widths, rates with drop and cosine, weight decay, eta, h, rounds, and the cloning of the expert half with
+weight 1 (--bc-weight 0: without).
  12. The density of a deterministic policy at its own action is infinite, so Conf has no meaning for it. A second policy pi_c, the
      Gaussian of sra_iql.py, clones the expert rows by their likelihood, as BC does there, and Conf is its density. It neither acts
-     nor teaches, and learns nothing off the experts' states: rounds are paced by how sure a clone of the experts is.
+     nor teaches, and learns nothing off the experts' states. The price: goals and rounds follow the expert rows and the number of
+     updates, whatever TD3+BC has learnt, where the slides widen the region in which the agent itself is sure. Where the experts'
+     actions are at their limits, part of pi_c's confidence is saturation.
  13. The square error is over all rows, imagined ones too, as TD3+BC has it: on states that no expert has seen, nothing else holds
      the policy to actions whose Q is known. What a uniform reverse policy imagines are random actions that lead to goals; where
      many lead there, the error is smallest at their mean.
  14. The cloning of the expert half is the same square error, a mean over rows and dimensions, where IQL has a likelihood.
  15. alpha 2.5, noise 0.2 clipped at 0.5, policy and targets every 2 updates are TD3+BC's. Q is at most 1 / (1 - gamma) = 100
-     (labels are 0 or 1); q/largest in the log shows whether it stays there.
- 16. The loss of Q is the mean of both errors, TD3's the sum: Adam adds the weight decay to the gradient, so that the sum would
-     halve it beside IQL's.
+     (labels are 0 or 1); in the log q/largest shows whether it stays there for the batch's actions, q/largest_target for the policy's.
+ 16. TD3+BC has no weight decay. The 5e-3 of sra_iql.py is kept, as in the authors' DeterministicBC (algos/bc/BC.py), though Adam
+     adds it to the gradient, and a square error has smaller gradients than a likelihood: it holds this policy back more than the
+     others. The loss of Q is the mean of both errors, TD3's the sum, which would halve the decay beside IQL's.
+ 17. Constant rates of 3e-4, 256 rows of one data set and a million updates are CORL's, not ours.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -718,6 +723,7 @@ class TD3BC:
             target_q = rew + self.args.gamma * (1 - terminated) * self.target_qf(next_obs, next_act).amin(0)  # (B,)
         q = self.qf(obs, act)  # (2, B)
         stats = {"q/batch": q.detach().mean(), "q/target": target_q.mean(), "q/largest": q.detach().amax()}
+        stats |= {"q/largest_target": target_q.amax()}
         return (q - target_q).square().mean(), stats
 
     def confidence_loss(self, obs, act):
@@ -766,7 +772,8 @@ class TD3BC:
 
     @torch.no_grad()
     def standing(self, obs, act):
-        """What the learner thinks of some rows: mean advantage over the policy's action. It clones all of them alike."""
+        """What the learner thinks of some rows: mean advantage over the policy's action. There is no weight to show:
+        an expert row is cloned with 1 + 2 bc_weight, any other with 1."""
         return {"advantage": (self.qf(obs, act).amin(0) - self.qf(obs, self.policy(obs)).amin(0)).mean()}
 
     @torch.no_grad()

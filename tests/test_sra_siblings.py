@@ -102,6 +102,8 @@ def test_siblings_differ_in_the_learner_only(script):
     assert ours["main"].replace(f"agent, step = {learner}(", "agent, step = IQL(") == theirs[1]["main"]
     assert not [name for name in ours.keys() - own - {"main"} if ours[name] != theirs[1][name]]
     a, b = (parts(s)[1]["Args"].splitlines() for s in (script, "sra_iql"))
+    same = [importlib.import_module(s).__doc__ for s in (script, "sra_iql")]
+    assert len({doc[doc.index("Half of a batch") : doc.index("0.3 to 0.3 + 0.7 / k")] for doc in same}) == 1
     until = next(line for line in b if "# --- learner ---" in line)  # no flag above the learner's differs, but for the names of runs
     assert [x for x, y in zip(a[: a.index(until)], b, strict=False) if x != y] == [a[3]] and "exp_name" in a[3]
 
@@ -112,10 +114,20 @@ def resolved(script, env, **changes):
 
 
 def test_settings_are_sras_but_for_the_learners_own(script):
-    for env in ("maze2d-umaze", "maze2d-large-dense", "hopper-medium", "halfcheetah-medium", "walker2d-medium", "ant-medium"):
+    for env in (
+        "maze2d-umaze",
+        "maze2d-large-dense",
+        "hopper-medium",
+        "halfcheetah-medium",
+        "walker2d-medium",
+        "ant-medium",
+        "mujoco/pusher/expert-v0",
+    ):
         a, b = resolved(script, env), resolved("sra_iql", env)
         shared = vars(a).keys() & vars(b).keys() - {"exp_name"}
         assert len(shared) > 50 and {k: getattr(a, k) for k in shared} == {k: getattr(b, k) for k in shared}
+    tables = [importlib.import_module(s).SETTINGS for s in (script, "sra_iql")]
+    assert {key: row[:6] for key, row in tables[0].items()} == tables[1]  # that of any other environment too
     lmbda = {"maze2d-large": 0.1, "hopper-medium": 0.3333, "walker2d-medium": 0.3333, "ant-medium": 1.0}
     num = {"maze2d-umaze": 25, "hopper-medium": 500, "halfcheetah-medium": 10, "walker2d-medium": 20}
     for values, name in ((lmbda, "temperature"), (num, "num_critics")):
@@ -159,7 +171,7 @@ def test_every_optimizer_moves_its_own_parameters(script):
         before = parameters(a, *names)
         a.update(*batch(), 1)
         assert moved(before, a) == set(names) - {frozen}
-    assert not any(p.requires_grad for p in a.target_qf.parameters())
+    assert not any(p.requires_grad for f in ("target_qf", "target_policy") if hasattr(a, f) for p in getattr(a, f).parameters())
 
 
 def test_the_clone_is_of_the_expert_half(script):
@@ -215,7 +227,7 @@ def test_learning_rates_are_those_of_iql(script):
     a, b = agent(script, **changes), iql.IQL(iql.Normalizer(torch.zeros(2, 4)), 4, 2, replace(ARGS, **changes), CPU)
     policies = [opt for opt in ("policy_opt", "confidence_opt", "alpha_opt") if hasattr(a, opt)]
     for step in (0, 5, 9, 10, 30, 100):
-        a.set_rates(step)
+        a.update(*batch(), step)
         b.set_rates(step)
         assert a.qf_opt.param_groups[0]["lr"] == b.qf_opt.param_groups[0]["lr"]
         assert {getattr(a, opt).param_groups[0]["lr"] for opt in policies} == {b.policy_opt.param_groups[0]["lr"]}
@@ -241,13 +253,11 @@ def test_awac_critic_by_hand_and_a_terminal_row_does_not_bootstrap():
 def test_awac_weights_are_clipped_at_100_and_have_no_gradient():
     a, (obs, act, *_) = agent("sra_awac", temperature=0.1), batch()
     q = torch.linspace(-0.5, 0.9, 12)
-    values = [torch.stack([q, q + 1]), torch.zeros(2, 12)]  # of the given actions, of the policy's
     a.qf = torch.nn.Module()
-    a.qf.forward = lambda *_: values[len(asked) % 2] if asked.append(0) is None and False else values[(len(asked) - 1) % 2]
-    asked = []
+    a.qf.forward = lambda _, x: torch.stack([q, q + 1]) if x is act else torch.zeros(2, 12)  # of given actions, of the policy's
     by_hand = [min(math.exp(u / 0.1), 100) for u in q.tolist()]
     assert by_hand[-1] == 100 and by_hand[0] < 0.01
-    advantage, weight = a.weight(obs, act, act)
+    advantage, weight = a.weight(obs, act, -act)
     assert weight.tolist() == pytest.approx(by_hand, rel=1e-4) and advantage.tolist() == pytest.approx(q.tolist())
     loss, _ = a.policy_loss(obs, act)
     mean, log_std = a.policy(obs)
@@ -262,6 +272,18 @@ def test_awac_policy_loss_reaches_no_critic():
     a, (obs, act, *_) = agent("sra_awac"), batch()
     a.policy_loss(obs, act)[0].backward()
     assert a.policy.net[0].weight.grad.any() and all(p.grad is None for p in [*a.qf.parameters(), *a.target_qf.parameters()])
+
+
+def test_awac_advantage_is_over_a_sample_of_the_policy():
+    a, (obs, act, *_) = agent("sra_awac"), batch()
+    torch.manual_seed(1)
+    loss, clone = a.policy_loss(obs, act)
+    torch.manual_seed(1)
+    mean, log_std = a.policy(obs)
+    pi_act = (mean + log_std.exp() * torch.randn(12, 2)).tanh()
+    weight = ((a.qf(obs, act).amin(0) - a.qf(obs, pi_act).amin(0)) / 0.5).exp().detach()
+    log_prob = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()).log_prob(act).sum(1)
+    torch.testing.assert_close(loss, clone - (weight * log_prob).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_awac_updates_critics_then_policy():
@@ -314,31 +336,36 @@ def test_td3bc_targets_have_clipped_noise_on_clipped_actions():
     q = a.qf(obs, act)
     torch.testing.assert_close(loss, (q[0] - target).square().mean() / 2 + (q[1] - target).square().mean() / 2)
     assert stats["q/largest"] == q.max()
-    quiet = agent("sra_td3bc", policy_noise=0.0)
-    quiet.target_qf.forward = lambda o, x: seen.append(x) or plain(o, x)
-    quiet.critic_loss(obs, act, rew, next_obs, terminated)
-    torch.testing.assert_close(seen[-1], quiet.target_policy(next_obs))
+    some = agent("sra_td3bc", policy_noise=0.1, noise_clip=0.15)
+    some.target_qf.forward = lambda o, x: seen.append(x) or plain(o, x)
+    torch.manual_seed(1)
+    some.critic_loss(obs, act, rew, next_obs, terminated)
+    torch.manual_seed(1)
+    noise = [min(max(0.1 * x, -0.15), 0.15) for x in torch.randn(8).tolist()]
+    assert 0.15 in map(abs, noise) and any(abs(x) < 0.1 for x in noise)
+    torch.testing.assert_close(seen[-1], (some.target_policy(next_obs) + torch.tensor(noise).view(4, 2)).clamp(-1, 1))
 
 
-def test_td3bc_updates_policy_and_targets_every_second_time():
+@pytest.mark.parametrize("delay", [2, 3])
+def test_td3bc_updates_policy_and_targets_every_second_time(delay):
     m, rows = importlib.import_module("sra_td3bc"), batch()
     obs, act, *_ = rows
-    a, b = (agent("sra_td3bc", weight_decay=5e-3, learning_rate=0.05) for _ in range(2))
+    a, b = (agent("sra_td3bc", weight_decay=5e-3, learning_rate=0.05, policy_delay=delay) for _ in range(2))
     b.load_state_dict(a.state_dict())
     qf_opt, policy_opt, confidence_opt = adam(b.qf, b.policy, b.confidence)
     slow = ("policy", "target_policy", "target_qf")
-    for step in range(4):
+    for step in range(6):
         before = parameters(a, *slow)
         torch.manual_seed(step)
         out = a.update(*rows, step)
         torch.manual_seed(step)
         m.descend(qf_opt, b.critic_loss(*rows)[0])
         m.descend(confidence_opt, b.confidence_loss(obs[:6], act[:6]))
-        if step % 2:
+        if last := step % delay == delay - 1:
             m.descend(policy_opt, b.policy_loss(obs, act)[0])
             follow(b.target_qf, b.qf)
             follow(b.target_policy, b.policy)
-        assert moved(before, a) == (set(slow) if step % 2 else set()) and ("losses/policy" in out) == bool(step % 2)
+        assert moved(before, a) == (set(slow) if last else set()) and ("losses/policy" in out) == last
     assert_close(a, b, (*slow, "qf", "confidence"))
 
 
@@ -407,7 +434,7 @@ def test_sacn_with_two_critics_is_sac():
     torch.manual_seed(1)
     for _ in range(3):
         log_prob = sample(obs)[1].detach()
-        m.descend(alpha_opt, -(log_alpha.exp().log() * (log_prob - 2)).mean())  # H: minus 2 dimensions
+        m.descend(alpha_opt, -(log_alpha * (log_prob - 2)).mean())  # H: minus 2 dimensions
         alpha = log_alpha.exp().item()
         x, log_prob = sample(obs)
         m.descend(policy_opt, (alpha * log_prob - smallest(q, obs, x)).mean())
@@ -421,7 +448,7 @@ def test_sacn_with_two_critics_is_sac():
     torch.manual_seed(1)
     for step in range(3):
         out = a.update(obs, act, rew, next_obs, terminated, step)
-    assert a.log_alpha["sac"].item() == pytest.approx(log_alpha.item(), abs=1e-4)
+    assert a.log_alpha["value"].item() == pytest.approx(log_alpha.item(), abs=1e-4)
     assert out["q/alpha"].item() == pytest.approx(math.exp(log_alpha.item()), rel=1e-4)
     for x, y in zip(a.policy.parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
@@ -437,7 +464,9 @@ def test_sacn_takes_the_smallest_of_all_critics():
     terminated[3] = 1
     _, stats = a.critic_loss(obs, act, rew, next_obs, terminated, torch.tensor(0.0))
     assert stats["q/target"].item() == pytest.approx((1 + 0.99 * 5 + 1 + 0.99 * 1 + 0 + 0.99 * 2 + 0) / 4)
-    assert stats["q/largest"] == a.qf(obs, act).max() and stats["q/spread"] > 0
+    assert stats["q/largest"] == a.qf(obs, act).max() and stats["q/largest_target"].item() == pytest.approx(1 + 0.99 * 5)
+    assert stats["q/spread"].item() == pytest.approx(a.qf(obs, act).std(0, unbiased=False).mean().item())
+    assert stats["q/spread_policy"].item() == pytest.approx((2 * (2 / 3) ** 0.5 + (14 / 3) ** 0.5 + (38 / 9) ** 0.5) / 4)
     a.qf.forward = lambda *_: torch.tensor([[5.0, 5, 5, 5], [7, 1, 7, 7], [6, 6, 2, 6]])
     loss, clone = a.policy_loss(obs, act, torch.tensor(0.0))
     torch.testing.assert_close(loss - clone, torch.tensor(-(5 + 1 + 2 + 5) / 4))
@@ -451,7 +480,7 @@ def test_sacn_temperature_grows_below_the_target_entropy():
         (gradient,) = gradients(loss, a.log_alpha)
         torch.testing.assert_close(-gradient, torch.tensor(target) - entropy)
         a.update(*batch(), 0)
-        assert a.log_alpha["sac"].sign() == sign and not a.alpha_opt.param_groups[0]["weight_decay"]
+        assert a.log_alpha["value"].sign() == sign and not a.alpha_opt.param_groups[0]["weight_decay"]
 
 
 # --- runs ---
