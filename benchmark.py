@@ -424,7 +424,7 @@ def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = RO
             target.mkdir(parents=True, exist_ok=True)
             (target / "result.json").write_text((folder / "result.json").read_text())
             lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (target / "evals.jsonl").write_text("".join(line for line in lines if '"eval/' in line))
+            (target / "evals.jsonl").write_text("".join(line for line in lines if '"eval/' in line or '"reference/' in line))
             print(f"{folder.name}: {json.loads((target / 'result.json').read_text())['normalized_score']}")
         else:
             print(f"{folder.name}: not finished, left out")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student_t
 from scipy.stats import trim_mean
 
 from suites import as_tokens, parse_flags
@@ -64,12 +65,15 @@ def cells_of(folders):
         file = next((folder / name for name in ("evals.jsonl", "metrics.jsonl") if (folder / name).exists()), None)
         if file is None:
             raise UserError(f"{folder}: no evals.jsonl beside result.json; `python benchmark.py collect` copies both")
-        lines = [json.loads(line) for line in file.read_text().splitlines() if '"eval/' in line]
+        lines = [json.loads(line) for line in file.read_text().splitlines() if '"eval/' in line or '"reference/' in line]
+        references, lines = ([line for line in lines if any(k.startswith(kind) for k in line)] for kind in ("reference/", "eval/"))
         normalized = result["normalized_score"] is not None
         points = [(line["update"], line["eval/normalized_score" if normalized else "eval/return"]) for line in lines]
         ends = (result["updates"], result["normalized_score" if normalized else "return_mean"])
         if result["eval_episodes"] and (not points or points[-1] != ends):
             raise UserError(f"{folder}: result.json and {file.name} disagree about the last evaluation; collect the run again")
+        if references:  # ARMOR's, whose promise is an improvement on it
+            result["improvement"] = ends[1] - references[-1]["reference/normalized_score" if normalized else "reference/return"]
         data, flags = result["dataset"], training_flags(result.get("command"))
         source = data["source"] if data["source"] != "file" else data["id"]
         shas = (data["sha256"][:12], data.get("expert", {"sha256": ""})["sha256"][:12])
@@ -131,6 +135,14 @@ def spread(values):
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
+def mean_interval(values):
+    """Mean, and from three values on its 95 % interval by Student's t."""
+    if len(values) < 3:
+        return spread(values)
+    low, high = student_t.interval(0.95, len(values) - 1, np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5 + 1e-12)
+    return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
+
+
 def iqm(strata, resamples=10_000):
     """Interquartile mean of all values, and its 95 % interval by the stratified bootstrap: seeds are drawn anew within each
     task (Agarwal et al. 2021, arXiv:2108.13264)."""
@@ -164,6 +176,7 @@ def task_table(cells):
     fewest = min(cell.updates for cell in cells)
     differ = any(cell.updates != fewest for cell in cells)
     shared = [flag for flag in cells[0].flags if len(cells) > 1 and flag[:2] == "--" and all(flag in cell.flags for cell in cells)]
+    referred = any("improvement" in result for cell in cells for result, _ in cell.runs)
     several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in ("data", "experts")}
     rows, alike = [], {}
     for cell in cells:
@@ -175,6 +188,8 @@ def task_table(cells):
             row = [cell.algorithm, "after " * (cell is together) + thousands(cell.updates)]
             row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last), iqm_cell([cell.last]), spread(tails)]
             row += [spread([dict(points)[fewest] for _, points in cell.runs if fewest in dict(points)])] if differ else []
+            gains = [result["improvement"] for result, _ in cell.runs if "improvement" in result and cell is not together]
+            row += [mean_interval(gains)] if referred else []
             row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
             hours = statistics.median(result["wall_time_s"] for result, _ in cell.runs) / 3600
             row += ["-" if cell is together else f"{hours:.1f} h"]
@@ -182,6 +197,7 @@ def task_table(cells):
             rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
     titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
     titles += [f"at {thousands(fewest)}"] if differ else []
+    titles += ["over its reference [95 %]"] if referred else []
     unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"
     episodes = " or ".join(str(n) for n in sorted({cell.episodes for cell in cells}))
     legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds. Data: {cells[0].source}"

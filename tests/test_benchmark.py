@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -98,6 +99,23 @@ def test_seeds_of_different_length_meet_where_the_shortest_ends(tmp_path):
     assert together["last evaluation"] == "8.0 ± 1.0" and together["IQM [95 %]"] == "8.0 [7.0, 9.0]"
     assert together["mean of the last 10"] == "4.8 ± 0.8"  # 4, 5, 5.5
     assert [row["updates"] for row in sra] == ["1 000", "2 000"]  # its rounds are spread over the updates: not comparable
+
+
+def test_collected_runs_bring_their_improvement_over_a_reference(tmp_path):
+    for seed, (last, reference) in enumerate(((20.0, 10.0), (30.0, 18.0), (40.0, 20.0))):
+        folder = made_up(tmp_path / "runs", "armor", seed, [15.0, last])
+        ref = [{"update": u, "reference/return": 100.0, "reference/normalized_score": reference} for u in (1000, 2000)]
+        lines = [*(folder / "evals.jsonl").read_text().splitlines(), json.dumps({"update": 5, "losses/critic": 1.0}), *map(json.dumps, ref)]
+        (folder / "evals.jsonl").unlink()
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    made_up(tmp_path / "runs", "cql", 0, [1.0, 2.0])
+    shutil.move(next((tmp_path / "runs").glob("*cql*")), tmp_path / "results" / "cql")
+    benchmark.collect(tuple((tmp_path / "runs").iterdir()), tmp_path / "results")
+    copied = next((tmp_path / "results").glob("*armor__0*")) / "evals.jsonl"
+    assert [json.loads(line)["update"] for line in copied.read_text().splitlines()] == [1000, 2000, 1000, 2000]
+    cql, armor = rows_of(tables(tmp_path / "results")["hopper-medium-v2__d4rl"])
+    # 10, 12, 20: mean 14, standard deviation 5.29, t(2 degrees) = 4.303, 14 +- 13.1
+    assert armor["over its reference [95 %]"] == "14.0 [0.9, 27.1]" and cql["over its reference [95 %]"] == "-"
 
 
 def test_interquartile_mean_and_its_interval():
