@@ -95,7 +95,7 @@ def common_length(group):
     runs = [(result, [xy for xy in points if xy[0] <= fewest]) for cell in group for result, points in cell.runs]
     longest = {result["seed"]: (result, points) for result, points in runs}  # of a seed that ran twice, the run that went on
     cuttable = all(points[-1:] and points[-1][0] == fewest for _, points in runs)
-    cuttable = cuttable and all("sra_" not in result.get("command", ["sra_"])[0] for result, _ in runs)
+    cuttable = cuttable and all("sra_" not in (result.get("command") or ["sra_"])[0] for result, _ in runs)
     return replace(group[0], updates=fewest, runs=[longest[seed] for seed in sorted(longest)]) if len(group) > 1 and cuttable else None
 
 

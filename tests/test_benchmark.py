@@ -148,7 +148,8 @@ def test_runs_that_differ_are_never_averaged(tmp_path, other):
     folder = made_up(tmp_path, "cql", 1, **({"scores": [2.0]} | other))
     cells = report.cells_of([*report.results_in(tmp_path)])
     assert sorted(cell.last for cell in cells) == [[1.0], [2.0]]
-    for row in (row for name, text in tables(tmp_path).items() if "hopper" in name for row in rows_of(text)):
+    rows = [row for name, text in tables(tmp_path).items() if "hopper" in name for row in rows_of(text)]
+    for row in (row for row in rows if not row["updates"].startswith("after ")):  # where a longer run was as short as the other
         assert row["seeds"] in "01" and "±" not in row["last evaluation"]
     (folder / "result.json").write_text((folder / "result.json").read_text().replace('"seed": 1', '"seed": 0'))
     assert len(report.cells_of(report.results_in(tmp_path))) == 2  # one seed may stand in two rows,
