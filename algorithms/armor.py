@@ -107,6 +107,7 @@ class Args:
 
     # --- dynamics ---
     dynamics_hidden: int = 200  # width of the 4 hidden layers
+    dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers; their weights, first and last layer and loss stay float32
     dynamics_lr: float = 1e-3
     dynamics_batch_size: int = 256
     dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
@@ -202,7 +203,8 @@ class Run:
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
             now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k)):
+            # A flag that this run was begun without has its default, which changes nothing.
+            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k, getattr(Args, k, None))):
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -478,9 +480,11 @@ class Dynamics(nn.Module):
 
     def forward(self, x, members=slice(None)):
         """x (E, B, O+A), standardised -> mean and log-variance of (r, pred - cond), (E, B, 1+O) each"""
+        last = len(self.weight) - 1
         for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
-            x = torch.baddbmm(b[members], x, w[members])
-            x = F.silu(x) if i < len(self.weight) - 1 else x
+            dtype = torch.bfloat16 if self.args.dynamics_bf16 and 0 < i < last else torch.float32
+            x = torch.baddbmm(b[members].to(dtype), x.to(dtype), w[members].to(dtype))
+            x = F.silu(x) if i < last else x
         mean, logvar = x.chunk(2, -1)
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
@@ -587,7 +591,7 @@ def model_of_another_run(args, key):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
-    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k)):
+    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k, getattr(Args, k, None))):
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 

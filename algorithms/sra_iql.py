@@ -225,7 +225,8 @@ class Run:
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
             now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k)):
+            # A flag that this run was begun without has its default, which changes nothing.
+            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k, getattr(Args, k, None))):
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -604,7 +605,7 @@ def model_of_another_run(args, key):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
-    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k)):
+    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k, getattr(Args, k, None))):
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 
