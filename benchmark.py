@@ -85,16 +85,17 @@ def cases(args):
     for bf16 in (False, True):
         agent = romi_bcq.BCQ(4, 2, romi_bcq.Args(compile=args.compile, bf16=bf16), device)
         yield f"bcq update{', bf16' * bf16}", lambda agent=agent: agent.update(*maze_rows), 1, "update", 31, 17
-    dynamics = romi_cql.Dynamics(O, A, base).to(device)
-    opt, x, y = dynamics.optimizer(), torch.randn(7, 256, O + A, device=device), torch.randn(7, 256, O + 1, device=device)
-    loss = torch.compile(dynamics.loss) if args.compile else dynamics.loss
+    x, y = torch.randn(7, 256, O + A, device=device), torch.randn(7, 256, O + 1, device=device)
+    for bf16 in (True, False):  # the last one imagines, below
+        dynamics = romi_cql.Dynamics(O, A, replace(base, dynamics_bf16=bf16)).to(device)
+        opt, loss = dynamics.optimizer(), torch.compile(dynamics.loss) if args.compile else dynamics.loss
 
-    def dynamics_step():
-        opt.zero_grad()
-        loss(x, y).backward()
-        opt.step()
+        def dynamics_step(opt=opt, loss=loss):
+            opt.zero_grad()
+            loss(x, y).backward()
+            opt.step()
 
-    yield "dynamics step", dynamics_step, 1, "step", 15.7, 8.7
+        yield f"dynamics step{', bf16' * bf16}", dynamics_step, 1, "step", 15.7, 8.7
     starts, policy = torch.randn(10_000, O, device=device), romi_cql.UniformPolicy(O, A, base)
     never = lambda obs, act, next_obs: torch.zeros(len(obs), dtype=torch.bool, device=device)  # noqa: E731
     everything = romi_cql.Sampler(len(starts), None, device)

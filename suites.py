@@ -296,7 +296,8 @@ def hours(job, ms):
     if "--bf16" in job.command:
         cases = {f"{case}, bf16" if f"{case}, bf16" in ms else case: calls for case, calls in cases.items()}
     if job.trains_model and not job.script.startswith("sra_"):
-        cases["dynamics step"] = MODEL_STEPS
+        half = "dynamics step, bf16"
+        cases[half if "--dynamics-bf16" in job.command and half in ms else "dynamics step"] = MODEL_STEPS
     return sum(ms[case] * calls for case, calls in cases.items()) / 3.6e6 if cases.keys() <= ms.keys() else None
 
 

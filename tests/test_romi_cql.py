@@ -121,6 +121,25 @@ def test_members_do_not_mix():
         assert [e for e in range(7) if w.grad[e].abs().sum() > 0] == [2]
 
 
+def test_bfloat16_model_is_close_and_its_outer_layers_are_not_rounded():
+    full, half = m.Dynamics(2, 2, ARGS), m.Dynamics(2, 2, replace(ARGS, dynamics_bf16=True))
+    half.load_state_dict(full.state_dict())
+    x, y = torch.randn(7, 500, 4), torch.randn(7, 500, 3)
+    grads = []
+    for dynamics in (full, half):
+        dynamics.loss(x, y).backward()
+        grads.append([w.grad for w in dynamics.weight])
+    for i, (a, b) in enumerate(zip(*grads, strict=True)):
+        assert b.dtype == torch.float32 and 0 < (a - b).norm() < 0.05 * a.norm(), i
+    (mean, logvar), (rough, rough_logvar) = full(x), half(x)
+    assert rough.dtype == torch.float32 and (rough != rough.bfloat16()).any()
+    assert 0 < (mean - rough).norm() < 0.02 * mean.norm() and (logvar - rough_logvar).abs().max() < 0.05
+    near = torch.tensor([9.0, 9.001]).bfloat16()
+    assert near[0] == near[1]  # states a millimetre apart are one number in bfloat16, and two for this model
+    apart = half(torch.stack([torch.full((7, 4), 9.0), torch.full((7, 4), 9.001)], 1))[0]
+    assert (apart[:, 0] != apart[:, 1]).any()
+
+
 def test_weight_decay_is_the_gradient_of_the_references_loss_term():
     dynamics = m.Dynamics(2, 2, replace(ARGS, dynamics_weight_decay=(0.1, 0.2, 0.3, 0.4, 0.5)))
     opt = dynamics.optimizer()
