@@ -123,6 +123,7 @@ class Args:
     # --- dynamics ---
     ensemble_size: int = 7  # members of the model
     dynamics_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--dynamics-hidden"])] = (1024, 1024)  # widths
+    dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers; their weights, first and last layer and loss stay float32
     dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as the reference
     dynamics_learning_rate: float | None = None  # None: 1e-4 (sgd), 1e-3 (adam)
     dynamics_clip: float = 1.0  # largest norm of a member's gradient
@@ -513,9 +514,11 @@ class ReverseDynamics(nn.Module):
 
     def forward(self, x):
         """x (E, B, O+A) -> (E, B, O)"""
+        last = len(self.weight) - 1
         for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
-            x = torch.baddbmm(b, x, w)
-            x = F.relu_(x) if i < len(self.weight) - 1 else x
+            dtype = torch.bfloat16 if self.args.dynamics_bf16 and 0 < i < last else torch.float32
+            x = torch.baddbmm(b.to(dtype), x.to(dtype), w.to(dtype))
+            x = F.relu_(x) if i < last else x
         return x
 
     @torch.no_grad()

@@ -280,6 +280,22 @@ def test_reverse_model_undoes_the_step_of_a_linear_system():
     torch.testing.assert_close(error["one_step_rmse"], (dynamics.predict(next_obs, act) - obs).square().mean().sqrt())
 
 
+def test_bfloat16_model_is_close_and_learns_with_float32_weights():
+    _, act, next_obs = linear_system(256)
+    small = replace(ARGS, dynamics_layers=(64, 64))
+    full, half = m.ReverseDynamics(2, 1, small), m.ReverseDynamics(2, 1, replace(small, dynamics_bf16=True))
+    half.load_state_dict(full.state_dict())
+    changes = []
+    for dynamics in (full, half):
+        dynamics(torch.cat([next_obs, act], 1).expand(3, -1, -1)).square().mean().backward()
+        changes.append([w.grad for w in dynamics.weight])
+        assert all(p.dtype == torch.float32 == p.grad.dtype for p in dynamics.parameters())
+    for a, b in zip(*changes, strict=True):
+        assert 0 < (a - b).norm() < 0.05 * a.norm()
+    a, b = (dynamics.predict(next_obs, act) for dynamics in (full, half))
+    assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.01 * a.abs().max()
+
+
 def test_each_member_ends_with_a_copy_of_its_own_best_epoch():
     args, seen = replace(ARGS, dynamics_epochs=3, dynamics_batch_size=200), {}
 
