@@ -124,19 +124,21 @@ def cases(args):
     actor = mopo.Policy(O, A, args_of[mopo].hidden).to(device)
     yield "mopo rollout of 250 000 rows", lambda: mopo.imagine(starts, dynamics, actor, never, args_of[mopo]), 1, "rollout", None, 2_000
     armor = importlib.import_module("armor")
-    atac_args, armor_args = (armor.resolve(armor.Args(compile=args.compile, model_ratio=r), task) for r in (0.0, 0.5))
-    atac = armor.ARMOR(O, A, atac_args, device)
-    yield "atac update", lambda: atac.update(*rows), 1, "update", 17.2, 9.5
-    game = armor.ARMOR(O, A, armor_args, device, dynamics=armor.Dynamics(O, A, armor_args).to(device), terminates=never)
-    game.reference = armor.Reference({"policy": game.policy.state_dict()}).to(device)
-    rollouts = armor.Rollouts(starts, A, 128, never, armor_args, device)
     half, known = [x[:128] for x in rows], torch.ones(128, device=device)
+    for bf16 in (False, True):
+        given = armor.Args(compile=args.compile, bf16=bf16, dynamics_bf16=bf16)
+        atac_args, armor_args = (armor.resolve(replace(given, model_ratio=r), task) for r in (0.0, 0.5))
+        atac = armor.ARMOR(O, A, atac_args, device)
+        yield f"atac update{', bf16' * bf16}", lambda atac=atac: atac.update(*rows), 1, "update", 17.2, 9.5
+        game = armor.ARMOR(O, A, armor_args, device, dynamics=armor.Dynamics(O, A, armor_args).to(device), terminates=never)
+        game.reference = armor.Reference({"policy": game.policy.state_dict()}).to(device)
+        rollouts = armor.Rollouts(starts, A, 128, never, armor_args, device)
 
-    def armor_update():  # the whole of it: both players and the step of the rollouts
-        game.update(*half, known, rollouts.sample(128))
-        rollouts.advance(1, half[0], game.policy, game.reference, game.dynamics)
+        def armor_update(game=game, rollouts=rollouts):  # the whole of it: both players and the step of the rollouts
+            game.update(*half, known, rollouts.sample(128))
+            rollouts.advance(1, half[0], game.policy, game.reference, game.dynamics)
 
-    yield "armor update", armor_update, 1, "update", None, 30
+        yield f"armor update{', bf16' * bf16}", armor_update, 1, "update", None, 30
     torch.set_flush_denormal(True)  # as SRA's main(): weight decay makes denormal numbers in a long timing, too
     maze, rows_512 = importlib.import_module("utils").parse_task("maze2d-umaze"), batch(512, 4, 2)
     learners = {

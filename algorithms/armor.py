@@ -63,6 +63,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,7 +90,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 inside the matrix products; the rest stays float32
+    bf16: bool = False  # bfloat16 in the learner's hidden layers; their weights, first and last layers and losses stay float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -771,6 +772,7 @@ class ARMOR:
             groups += [{"params": params, "weight_decay": decay} for params, decay in decays]
             self.PARTS += ("dynamics",)
         self.adam = dict(fused=True, capturable=device.type == "cuda")
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         self.adversary_opt = torch.optim.Adam(groups, lr=args.fast_lr, **self.adam)
         self.new_actor_optimizers(args.fast_lr)
         if args.compile:
@@ -794,12 +796,14 @@ class ARMOR:
 
     def bellman(self, obs, act, rew, next_obs, terminated, others=()):
         """E^w of both critics, (2,), and their values of the rows' actions and of the `others` at the same states, (2, B) each."""
-        mean, log_std = self.policy(next_obs)
-        next_act, _ = squash(mean, log_std, torch.randn_like(mean))
-        states = torch.cat([obs, next_obs, *[obs] * len(others)])
-        q, next_q, *q_others = self.qf(states, torch.cat([act, next_act, *others])).split(len(obs), 1)
+        with self.autocast():
+            mean, log_std = self.policy(next_obs)
+            next_act, _ = squash(mean, log_std, torch.randn_like(mean))
+            states = torch.cat([obs, next_obs, *[obs] * len(others)])
+            q, next_q, *q_others = self.qf(states, torch.cat([act, next_act, *others])).split(len(obs), 1)
+            next_target = self.target_qf(next_obs, next_act)
         discount = self.args.gamma * (1 - terminated)
-        target_q = rew + discount * self.target_qf(next_obs, next_act).amin(0).clamp(*self.values)
+        target_q = rew + discount * next_target.amin(0).clamp(*self.values)
         return bellman_error(q, rew + discount * next_q, target_q, self.args.target_weight), q, *q_others
 
     def adversary_loss(self, obs, act, pi_act, ref_act, rew, next_obs, terminated, known):
@@ -822,7 +826,9 @@ class ARMOR:
 
     def policy_loss(self, obs, act, log_prob, alpha):
         """l^actor with its entropy bonus (Eq. 5); f_1(s, pi_ref) does not depend on the policy and is left out."""
-        return normalized_sum(-self.qf.q1(torch.cat([obs, act], -1)).mean(), log_prob.mean(), alpha)
+        with self.autocast():
+            q = self.qf.q1(torch.cat([obs, act], -1))
+        return normalized_sum(-q.mean(), log_prob.mean(), alpha)
 
     def step_critics(self, loss, inputs):
         """Step, projection, targets; returns the largest norm of a layer."""
@@ -843,7 +849,8 @@ class ARMOR:
             torch.compiler.cudagraph_mark_step_begin()
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum(), list(self.qf.parameters()))
-        mean, log_std = self.policy(obs)
+        with self.autocast():
+            mean, log_std = self.policy(obs)
         _, log_prob = squash(mean, log_std, torch.randn_like(mean))
         alpha = self.step_alpha(log_prob)
         clone_loss = -squashed_log_prob(mean, log_std, cloned).mean()
@@ -857,9 +864,10 @@ class ARMOR:
             torch.compiler.cudagraph_mark_step_begin()
         if pairs is not None:
             obs, act = torch.cat([obs, pairs[:, : obs.shape[1]]]), torch.cat([act, pairs[:, obs.shape[1] :]])
-        mean, log_std = self.policy(obs)
-        pi_act, log_prob = squash(mean, log_std, torch.randn_like(mean))
-        ref_act = None if self.reference is None else self.reference.sample(obs)
+        with self.autocast():
+            mean, log_std = self.policy(obs)
+            pi_act, log_prob = squash(mean, log_std, torch.randn_like(mean))
+            ref_act = None if self.reference is None else self.reference.sample(obs)
         loss, metrics = self.adversary_loss(obs, act, pi_act.detach(), ref_act, rew, next_obs, terminated, known)  # l. 5
         model = [*self.dynamics.weight, *self.dynamics.bias] if self.dynamics is not None and self.args.bellman_weight else []
         norm = self.step_critics(loss, [*self.qf.parameters(), *model])  # both gradients, then both steps
@@ -964,8 +972,6 @@ def main(args):
         fitted = model_fit(original, *probe)
         v_max = fitted["model/reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
         game |= {"dynamics": dynamics, "terminates": termination_fn(task, data), "v_max": v_max}
-    if args.bf16:
-        torch.set_float32_matmul_precision("medium")
     torch.manual_seed(4 * args.seed + 1)  # with and without model the game begins with the same policy and critics
     agent = ARMOR(obs_dim, act_dim, args, device, **game)
     if "clone" in run.state:

@@ -252,6 +252,27 @@ def test_critics_see_the_model_instead_of_the_datas_rewards_and_successors(monke
     assert torch.equal(terminated > 0, next_obs[:, 0] > 0) and 0 < terminated.sum() < 20
 
 
+@pytest.mark.parametrize("args", [ARGS, ATAC], ids=["armor", "atac"])
+def test_bfloat16_is_close_update_after_update(args):
+    """With large steps, so that a stale bfloat16 copy of a network's weights would show; the model stays float32 without its flag."""
+    args = replace(args, hidden=(16, 16, 16), fast_lr=0.01, slow_lr=0.01, tau=0.5)
+    made = (lambda args: game(args)[0]) if args.model_ratio else (lambda args: m.ARMOR(2, 2, args, CPU))
+    agents = [made(replace(args, bf16=bf16)) for bf16 in (False, True)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    agents[1].reference = agents[0].reference
+    rows = (*batch(64), torch.ones(64), torch.randn(64, 4)) if args.model_ratio else batch(64)
+    for step in range(5):
+        out = []
+        for agent in agents:
+            torch.manual_seed(step)
+            out.append(torch.stack(list(agent.update(*rows).values())))
+        torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
+        assert (out[0] != out[1]).any() and out[1].dtype == torch.float32
+    with agents[1].autocast():
+        q = agents[1].qf(*rows[:2])
+    assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
+
+
 def test_the_actor_climbs_the_first_critic():
     agent, rows = game(replace(ARGS, slow_lr=1e-2, target_entropy=-50.0))
     for q, sign in ((agent.qf.q1, 1.0), (agent.qf.q2, -1.0)):  # Q_1 likes large first actions, Q_2 small ones
