@@ -149,8 +149,10 @@ def cases(args):
     }
     for name, (script, learner, known, target) in learners.items():
         sra = importlib.import_module(script)
-        agent = getattr(sra, learner)(sra.Normalizer(rows_512[0]), 4, 2, sra.resolve(sra.Args(compile=args.compile), maze), device)
-        yield name, lambda agent=agent: agent.update(*rows_512, 0), 1, "update", known, target
+        for bf16 in (False, True):
+            settings = sra.resolve(sra.Args(compile=args.compile, bf16=bf16), maze)
+            agent = getattr(sra, learner)(sra.Normalizer(rows_512[0]), 4, 2, settings, device)
+            yield f"{name}{', bf16' * bf16}", lambda agent=agent: agent.update(*rows_512, 0), 1, "update", known, target
 
 
 def timed(fn, device, at_least=0.25):

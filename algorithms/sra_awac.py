@@ -72,6 +72,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -98,6 +99,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
+    bf16: bool = False  # bfloat16 in the learner's hidden layers; their weights, first and last layers and losses stay float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -702,6 +704,7 @@ class AWAC:
         self.target_qf.load_state_dict(self.qf.state_dict())
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         self.policy_opt, self.qf_opt = (torch.optim.Adam(f.parameters(), **adam) for f in (self.policy, self.qf))
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else None
             for name in ("critic_loss", "policy_loss"):
@@ -748,11 +751,13 @@ class AWAC:
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         self.set_rates(step)
-        critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated)
+        with self.autocast():  # one context a loss: it keeps the bfloat16 copies of the weights that it has made
+            critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated)
         descend(self.qf_opt, critic_loss)
         with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
             torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
-        policy_loss, clone = self.policy_loss(obs, act)
+        with self.autocast():
+            policy_loss, clone = self.policy_loss(obs, act)
         descend(self.policy_opt, policy_loss)
         losses = {"losses/critic": critic_loss, "losses/policy": policy_loss, "losses/clone": clone}
         return {k: v.detach() for k, v in losses.items()} | q_metrics

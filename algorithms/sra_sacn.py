@@ -72,6 +72,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -98,6 +99,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
+    bf16: bool = False  # bfloat16 in the learner's hidden layers; their weights, first and last layers and losses stay float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -455,9 +457,14 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (B, O), act (B, A) -> (N, B)"""
         x = torch.cat([obs, act], -1).expand(self.num_critics, -1, -1)
+        last = len(self.weight) - 1
         for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
-            x = torch.baddbmm(b, x, w)
-            x = F.relu_(x) if i < len(self.weight) - 1 else x
+            if 0 < i < last:
+                x = torch.baddbmm(b, x, w)
+            else:  # as Float32Linear
+                with torch.autocast(x.device.type, enabled=False):
+                    x = torch.baddbmm(b, x.float(), w)
+            x = F.relu_(x) if i < last else x
         return x.squeeze(-1)
 
 
@@ -711,6 +718,7 @@ class SACN:
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         self.policy_opt, self.qf_opt = (torch.optim.Adam(f.parameters(), **adam) for f in (self.policy, self.qf))
         self.alpha_opt = torch.optim.Adam(self.log_alpha.parameters(), **adam | {"weight_decay": 0.0})  # no weight of a network
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else None
             for name in ("critic_loss", "policy_loss"):
@@ -759,12 +767,15 @@ class SACN:
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         self.set_rates(step)
-        alpha_loss, entropy = self.alpha_loss(obs)
+        with self.autocast():  # one context a loss: it keeps the bfloat16 copies of the weights that it has made
+            alpha_loss, entropy = self.alpha_loss(obs)
         descend(self.alpha_opt, alpha_loss)
         alpha = self.log_alpha["value"].detach().exp()
-        policy_loss, clone = self.policy_loss(obs, act, alpha)
+        with self.autocast():
+            policy_loss, clone = self.policy_loss(obs, act, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated, alpha)
+        with self.autocast():
+            critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated, alpha)
         descend(self.qf_opt, critic_loss)
         with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
             torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)

@@ -77,6 +77,7 @@ import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -103,6 +104,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
+    bf16: bool = False  # bfloat16 in the learner's hidden layers; their weights, first and last layers and losses stay float32
     run_dir: str = "runs"  # parent of the run's folder
     checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
 
@@ -714,6 +716,7 @@ class TD3BC:
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         learnt = (self.policy, self.confidence, self.qf)
         self.policy_opt, self.confidence_opt, self.qf_opt = (torch.optim.Adam(f.parameters(), **adam) for f in learnt)
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
         if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else None
             for name in ("critic_loss", "confidence_loss", "policy_loss"):
@@ -759,14 +762,17 @@ class TD3BC:
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         self.set_rates(step)
-        critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated)
+        with self.autocast():  # one context a loss: it keeps the bfloat16 copies of the weights that it has made
+            critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated)
         descend(self.qf_opt, critic_loss)
         expert = slice(self.args.batch_size // 2)
-        confidence_loss = self.confidence_loss(obs[expert], act[expert])
+        with self.autocast():
+            confidence_loss = self.confidence_loss(obs[expert], act[expert])
         descend(self.confidence_opt, confidence_loss)
         losses = {"losses/critic": critic_loss, "losses/confidence": confidence_loss}
         if (step + 1) % self.args.policy_delay == 0:
-            policy_loss, clone = self.policy_loss(obs, act)
+            with self.autocast():
+                policy_loss, clone = self.policy_loss(obs, act)
             descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
             with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
                 for target, online in ((self.target_qf, self.qf), (self.target_policy, self.policy)):

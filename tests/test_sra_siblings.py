@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sra_iql
 import torch
 import tyro
 from test_runs import assert_same_run, data_file, leaves, metrics  # noqa: F401 - a fixture among them
@@ -64,6 +65,28 @@ def assert_close(a, b, names):
     for name in names:
         for x, y in zip(getattr(a, name).parameters(), getattr(b, name).parameters(), strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def assert_bfloat16_is_close(full, half, networks):
+    """Over updates with large steps, so that a stale bfloat16 copy of a network's weights would show; all weights get gradients."""
+    half.load_state_dict(full.state_dict())
+    rows = batch(40)
+    for step in range(4):
+        out = []
+        for a in (full, half):
+            torch.manual_seed(step)
+            out.append(torch.stack(list(a.update(*rows, step).values())))
+        torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
+        assert (out[0] != out[1]).any() and out[1].dtype == torch.float32
+    for name in networks:
+        assert all(p.grad.abs().sum() > 0 for p in getattr(half, name).parameters() if p.dim())
+    with half.autocast():
+        q = half.qf(*rows[:2])
+    assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
+    x = torch.tensor([[9.0] * 4, [9.01] * 4])
+    with half.autocast():
+        near = half.qf(x, torch.zeros(2, 2))
+    assert (near[:, 0] != near[:, 1]).any()  # nor is the first
 
 
 def adam(*networks):
@@ -555,3 +578,15 @@ def test_a_network_that_is_not_finite_ends_the_run_with_status_3(script, data_fi
     with pytest.raises(UserError, match=r"not finite at update 60") as e:
         here(script, data_file, tmp_path, *flags, "--learning-rate-drop", "0", "--checkpoint-every", "100")
     assert e.value.status == 3 and (folder / "checkpoint.pt").read_bytes() == good
+
+
+def test_bfloat16_is_close_update_after_update(script):
+    large = dict(hidden=(16, 16, 16), learning_rate=0.01, cosine_updates=0)
+    full, half = (agent(script, **large, bf16=bf16) for bf16 in (False, True))
+    assert_bfloat16_is_close(full, half, SCRIPTS[script][1])
+
+
+def test_bfloat16_is_close_with_iql():
+    large = replace(ARGS, hidden=(16, 16, 16), learning_rate=0.01, cosine_updates=0)
+    full, half = (sra_iql.IQL(sra_iql.Normalizer(torch.randn(9, 4)), 4, 2, replace(large, bf16=bf16), CPU) for bf16 in (False, True))
+    assert_bfloat16_is_close(full, half, ("policy", "vf", "qf"))
