@@ -23,6 +23,7 @@ from suites import as_tokens, parse_flags
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent
+ARMOR_BETA = 16.0  # default of algorithms/armor.py
 
 # Flags that change neither training nor evaluation, or stand in a column of their own.
 UNSEEN = {"env", "env-id", "exp-name", "seed", "dataset", "total-updates", "run-dir", "checkpoint-every", "log-every", "num-threads"}
@@ -47,6 +48,21 @@ class Cell:
     @property
     def last(self):
         return [points[-1][1] for _, points in self.runs if points]
+
+    @property
+    def setting(self):
+        return {k: v for flag in self.flags if flag[:2] == "--" for k, v in parse_flags(shlex.split(flag)).items()}
+
+    @property
+    def reference(self):
+        """ARMOR's reference policy, a run's name; None where it is the data or its clone."""
+        path = self.setting.get("reference", ["bc"])[0]
+        return None if path in ("bc", "data") else Path(path).name
+
+    @property
+    def beta(self):
+        """ARMOR's weight of the Bellman error: the smaller, the more pessimism relative to the reference."""
+        return float((self.setting.get("beta") or self.setting.get("bellman-weight") or [ARMOR_BETA])[0])
 
 
 def training_flags(command):
@@ -73,7 +89,8 @@ def cells_of(folders):
         if result["eval_episodes"] and (not points or points[-1] != ends):
             raise UserError(f"{folder}: result.json and {file.name} disagree about the last evaluation; collect the run again")
         if references:  # ARMOR's, whose promise is an improvement on it
-            result["improvement"] = ends[1] - references[-1]["reference/normalized_score" if normalized else "reference/return"]
+            result["reference"] = references[-1]["reference/normalized_score" if normalized else "reference/return"]
+            result["improvement"] = ends[1] - result["reference"]
         data, flags = result["dataset"], training_flags(result.get("command"))
         source = data["source"] if data["source"] != "file" else data["id"]
         shas = (data["sha256"][:12], data.get("expert", {"sha256": ""})["sha256"][:12])
@@ -207,6 +224,18 @@ def task_table(cells):
     return markdown([*titles, "published", "wall time", "flags"], rows) + f"\n{legend}.\n"
 
 
+def reference_table(cells):
+    """ARMOR beside reference policies that are other runs."""
+    rows = []
+    for cell in sorted(cells, key=lambda cell: (np.mean([result["reference"] for result, _ in cell.runs]), cell.reference, cell.beta)):
+        rest = tuple(f for f in cell.flags if not f.startswith(("--reference ", "--beta ", "--bellman-weight ")))
+        row = [cell.reference, spread([result["reference"] for result, _ in cell.runs]), f"{cell.beta:g}", thousands(cell.updates)]
+        row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last)]
+        rows.append([*row, mean_interval([result["improvement"] for result, _ in cell.runs]), code(rest)])
+    titles = ["reference policy", "its score", "beta", "updates", "seeds", "last evaluation", "over its reference [95 %]", "flags"]
+    return markdown(titles, rows)
+
+
 def quotation(entry):
     std, version = ("" if entry["std"] is None else f" ± {entry['std']:.1f}"), ("" if entry["same_data"] else f", {entry['version']} data")
     return f"{entry['mean']:.1f}{std} ({entry['table']}{version})"
@@ -248,6 +277,9 @@ def speed_table(file):
 def tables(folders, speed_files=()):
     """Name -> text of every table that the results in `folders` make."""
     made, cells = {}, cells_of(folders)
+    given, cells = ([cell for cell in cells if (cell.reference is not None) == there] for there in (True, False))
+    for (task, source), group in itertools.groupby(given, lambda cell: (cell.task.replace("/", "-"), cell.source)):
+        made[f"references__{task}__{source}"] = reference_table([*group])
     for (task, source), group in itertools.groupby(cells, lambda cell: (cell.task.replace("/", "-"), cell.source)):
         made[f"{task}__{source}"] = task_table([*group])
     for source in sorted({cell.source for cell in cells}):
@@ -322,7 +354,8 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
 
     out = out or (ROOT / "figures" if results.resolve() == ROOT / "results" else results / "figures")
     out.mkdir(parents=True, exist_ok=True)
-    cells = cells_of(results_in(results))
+    every_cell = cells_of(results_in(results))
+    cells = [cell for cell in every_cell if cell.reference is None]
 
     everything = [*PRINTED, *sorted({cell.algorithm for cell in cells} - PRINTED.keys())]
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(everything)}  # the same in every picture
@@ -350,6 +383,28 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="line: mean over seeds, band: smallest to largest", title_fontsize=8)
         save(figure, f"{task.replace('/', '-')}__{source}")
+
+    for (task, source), group in itertools.groupby(every_cell, lambda cell: (cell.task, cell.source)):
+        games = {}  # reference -> [(beta, ARMOR's scores, those of its reference)]
+        for cell in group:
+            scores = [result["reference"] for result, _ in cell.runs if "reference" in result]
+            if scores and cell.last and cell.algorithm.startswith("armor"):
+                games.setdefault(cell.reference or "clone of the data", []).append((cell.beta, cell.last, scores))
+        if sum(map(len, games.values())) < 2:
+            continue
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for i, (name, points) in enumerate(sorted(games.items(), key=lambda item: np.mean(item[1][0][2]))):
+            points.sort(key=lambda point: point[0])
+            betas, means, own = ([*x] for x in zip(*((beta, np.mean(last), np.mean(ref)) for beta, last, ref in points), strict=True))
+            error = [np.std(last, ddof=1) if len(last) > 1 else 0 for _, last, _ in points]
+            colour = plt.get_cmap("viridis")(i / max(1, len(games)))
+            axes.errorbar(betas, means, error, color=colour, marker="o", markersize=4, capsize=3, label=f"ARMOR, reference: {name}")
+            axes.axhline(np.mean(own), color=colour, linestyle="--", linewidth=1)
+        axes.set(title=f"{task} ({source} data)", xlabel="beta (the smaller, the more pessimism)", ylabel="last evaluation")
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.grid(alpha=0.3)
+        figure.legend(fontsize=8, title="dashed: the reference itself", title_fontsize=8, loc="outside lower center")
+        save(figure, f"references__{task.replace('/', '-')}__{source}")
 
     for source in sorted({cell.source for cell in cells}):
         chosen = {}  # the longest runs of an algorithm on a task, of those the most seeds

@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import armor
 import numpy as np
 import pytest
 import scipy.stats
@@ -116,6 +117,38 @@ def test_collected_runs_bring_their_improvement_over_a_reference(tmp_path):
     cql, armor = rows_of(tables(tmp_path / "results")["hopper-medium-v2__d4rl"])
     # 10, 12, 20: mean 14, standard deviation 5.29, t(2 degrees) = 4.303, 14 +- 13.1
     assert armor["over its reference [95 %]"] == "14.0 [0.9, 27.1]" and cql["over its reference [95 %]"] == "-"
+
+
+def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    def game(seed, last, reference, *flags):
+        folder = made_up(tmp_path / "results", "armor", seed, [15.0, last], flags=flags)
+        line = {"update": 2000, "reference/return": 100.0, "reference/normalized_score": reference}
+        (folder / "evals.jsonl").write_text((folder / "evals.jsonl").read_text() + json.dumps(line) + "\n")
+
+    for seed in (0, 1):
+        game(seed, 30.0 + seed, 40.0, "--reference", "runs/good", "--beta", "4")
+    game(0, 12.0, 10.0, "--reference=runs/bad/checkpoint", "--gamma", "0.9")
+    game(0, 20.0, 8.0)  # the clone of the data: in the table of the task
+    game(0, 25.0, 8.0, "--bellman-weight", "1")
+    made = tables(tmp_path / "results")
+    assert [row["over its reference [95 %]"] for row in rows_of(made["hopper-medium-v2__d4rl"])] == ["12.0", "17.0"]
+    bad, good = rows_of(made["references__hopper-medium-v2__d4rl"])
+    assert bad["reference policy"] == "checkpoint" and bad["beta"] == "16" == f"{armor.Args.bellman_weight:g}"
+    assert bad["flags"] == "`--gamma 0.9`" and bad["over its reference [95 %]"] == "2.0"
+    assert (
+        good["its score"] == "40.0 ± 0.0" and good["last evaluation"] == "30.5 ± 0.7" and good["over its reference [95 %]"] == "-9.5 ± 0.7"
+    )
+    drawn = []
+    for name in ("errorbar", "axhline"):
+        plain = getattr(Axes, name)
+        monkeypatch.setattr(Axes, name, lambda self, *a, name=name, plain=plain, **k: drawn.append((name, a)) or plain(self, *a, **k))
+    report.plot(tmp_path / "results", tmp_path / "pictures")
+    lines = [a for name, a in drawn if name == "errorbar"]
+    assert lines == [([1.0, 16.0], [25.0, 20.0], [0, 0]), ([16.0], [12.0], [0]), ([4.0], [30.5], [pytest.approx(0.5**0.5)])]
+    assert [a for name, a in drawn if name == "axhline"] == [(8.0,), (10.0,), (40.0,)]
+    assert (tmp_path / "pictures" / "references__hopper-medium-v2__d4rl.png").exists()
 
 
 def test_interquartile_mean_and_its_interval():
