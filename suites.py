@@ -90,7 +90,7 @@ SMOKE = Suite(
 )
 
 # What two cores can do in about a day, two runs at a time: fewer updates than the papers', everything else theirs.
-WARMUP = "--bf16 --bc-warmup 10000"  # 40 000 by default, of a million updates
+WARMUP, HALF = "--bf16 --bc-warmup 10000", "--bf16 --dynamics-bf16"  # warm-up: 40 000 by default, of a million updates
 LAPTOP = Suite(
     flags="--num-threads 1",
     data={"hopper-medium-replay": "bundled", "maze2d-umaze": "generated"},
@@ -99,20 +99,20 @@ LAPTOP = Suite(
         Row("bc_uniform", "romi_cql", HOPPER, "--total-updates 60000 --bc-warmup 60000 --model-ratio 0 --priority-policy False"),
         Row("cql", "romi_cql", HOPPER, f"--total-updates 60000 {WARMUP} --model-ratio 0"),
         Row("romi_cql", "romi_cql", HOPPER, f"--total-updates 60000 {WARMUP}"),
-        Row("sac", "mopo", HOPPER, "--total-updates 60000 --model-ratio 0"),
-        Row("mopo", "mopo", HOPPER, "--total-updates 60000"),
-        Row("mbpo", "mopo", HOPPER, "--total-updates 60000 --penalty-coef 0", model_of="mopo"),
-        Row("combo", "combo", HOPPER, "--total-updates 60000 --bf16", model_of="mopo", seeds=(0,)),
-        Row("atac", "armor", HOPPER, "--total-updates 60000 --model-ratio 0"),
-        Row("armor", "armor", HOPPER, "--total-updates 60000 --dynamics-max-epochs 60", seeds=(0,)),
+        Row("sac", "mopo", HOPPER, "--total-updates 200000 --model-ratio 0", seeds=(0,)),
+        Row("mopo", "mopo", HOPPER, f"--total-updates 200000 {HALF} --dynamics-max-epochs 100"),
+        Row("mbpo", "mopo", HOPPER, f"--total-updates 200000 {HALF} --dynamics-max-epochs 100 --penalty-coef 0", "mopo", (0,)),
+        Row("combo", "combo", HOPPER, f"--total-updates 50000 {HALF} --dynamics-max-epochs 100", "mopo", (0,)),
+        Row("atac", "armor", HOPPER, "--total-updates 100000 --bf16 --model-ratio 0"),
+        Row("armor", "armor", HOPPER, f"--total-updates 100000 {HALF} --dynamics-max-epochs 100"),
         Row("bcq", "romi_bcq", MAZE, "--total-updates 100000 --bf16 --model-ratio 0"),
         Row("fomi_bcq", "fomi_bcq", MAZE, "--total-updates 100000 --bf16 --dynamics-max-epochs 30"),
         Row("romi_bcq", "romi_bcq", MAZE, "--total-updates 100000 --bf16 --dynamics-max-epochs 30"),
-        Row("bc_expert", "sra_iql", MAZE, "--total-updates 60000 --iql-weight 0"),
-        Row("uds_iql", "sra_iql", MAZE, "--total-updates 60000 --model-ratio 0"),
-        Row("sra_iql", "sra_iql", MAZE, "--total-updates 60000 --rollout-every 20000", seeds=(0,)),
-        *(Row(f"uds_{x}", f"sra_{x}", MAZE, "--total-updates 60000 --model-ratio 0", seeds=(0,)) for x in LEARNERS),
-        *(Row(f"sra_{x}", f"sra_{x}", MAZE, "--total-updates 60000 --rollout-every 20000", "sra_iql", (0,)) for x in LEARNERS),
+        Row("bc_expert", "sra_iql", MAZE, "--total-updates 60000 --bf16 --iql-weight 0"),
+        Row("uds_iql", "sra_iql", MAZE, "--total-updates 60000 --bf16 --model-ratio 0"),
+        Row("sra_iql", "sra_iql", MAZE, f"--total-updates 60000 {HALF} --rollout-every 20000", seeds=(0,)),
+        *(Row(f"uds_{x}", f"sra_{x}", MAZE, "--total-updates 60000 --bf16 --model-ratio 0", seeds=(0,)) for x in LEARNERS),
+        *(Row(f"sra_{x}", f"sra_{x}", MAZE, f"--total-updates 60000 {HALF} --rollout-every 20000", "sra_iql", (0,)) for x in LEARNERS),
     ],
 )
 
