@@ -126,7 +126,7 @@ def cases(args):
     armor = importlib.import_module("armor")
     half, known = [x[:128] for x in rows], torch.ones(128, device=device)
     for bf16 in (False, True):
-        given = armor.Args(compile=args.compile, bf16=bf16, dynamics_bf16=bf16)
+        given = armor.Args(compile=args.compile, bf16=bf16)
         atac_args, armor_args = (armor.resolve(replace(given, model_ratio=r), task) for r in (0.0, 0.5))
         atac = armor.ARMOR(O, A, atac_args, device)
         yield f"atac update{', bf16' * bf16}", lambda atac=atac: atac.update(*rows), 1, "update", 17.2, 9.5

@@ -143,6 +143,7 @@ SETTINGS = {
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
+ADDED = {"bf16", "dynamics_bf16"}  # flags younger than the first runs: one that was begun without them goes on with the default
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "kl_weight", "rbc_entropy", "dynamics_weight_decay", "gamma", "lmbda", "phi"}
 MAY_BE_ZERO |= {"dynamics_patience"}
 
@@ -194,8 +195,8 @@ class Run:
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
             now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
-            # A flag that this run was begun without has its default, which changes nothing.
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k, getattr(Args, k, None))):
+            then = {k: getattr(Args, k) for k in ADDED} | then
+            if differ := sorted(f"--{k.replace('_', '-')}" for k in now | then if now.get(k) != then.get(k)):
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -477,8 +478,10 @@ class Dynamics(nn.Module):
         """x (E, B, O+A), standardised -> mean and log-variance of (r, pred - cond), (E, B, 1+O) each"""
         last = len(self.weight) - 1
         for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
-            dtype = torch.bfloat16 if self.args.dynamics_bf16 and 0 < i < last else torch.float32
-            x = torch.baddbmm(b[members].to(dtype), x.to(dtype), w[members].to(dtype))
+            layer = (b[members], x, w[members])
+            if self.args.dynamics_bf16:
+                layer = [t.to(torch.bfloat16 if 0 < i < last else torch.float32) for t in layer]
+            x = torch.baddbmm(*layer)
             x = F.silu(x) if i < last else x
         mean, logvar = x.chunk(2, -1)
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
@@ -613,7 +616,8 @@ def model_of_another_run(args, key):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
-    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k, getattr(Args, k, None))):
+    theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
+    if differ := sorted(k for k in key if key[k] != theirs.get(k)):
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 

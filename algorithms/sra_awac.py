@@ -177,6 +177,7 @@ SETTINGS = {
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
+ADDED = {"bf16", "dynamics_bf16"}  # flags younger than the first runs: one that was begun without them goes on with the default
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "kl_weight", "gamma", "warmup", "rollout_rows", "threshold_quantile"}
 MAY_BE_ZERO |= {"expert_starts", "new_ratio", "learning_rate_drop", "cosine_updates", "weight_decay", "bc_weight"}
 AT_MOST_1 = {"gamma", "tau", "model_ratio", "threshold_quantile", "expert_starts", "new_ratio"}
@@ -239,8 +240,8 @@ class Run:
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
             now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
-            # A flag that this run was begun without has its default, which changes nothing.
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now if now[k] != then.get(k, getattr(Args, k, None))):
+            then = {k: getattr(Args, k) for k in ADDED} | then
+            if differ := sorted(f"--{k.replace('_', '-')}" for k in now | then if now.get(k) != then.get(k)):
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -509,8 +510,10 @@ class ReverseDynamics(nn.Module):
         """x (E, B, O+A) -> (E, B, O)"""
         last = len(self.weight) - 1
         for i, (w, b) in enumerate(zip(self.weight, self.bias, strict=True)):
-            dtype = torch.bfloat16 if self.args.dynamics_bf16 and 0 < i < last else torch.float32
-            x = torch.baddbmm(b.to(dtype), x.to(dtype), w.to(dtype))
+            layer = (b, x, w)
+            if self.args.dynamics_bf16:
+                layer = [t.to(torch.bfloat16 if 0 < i < last else torch.float32) for t in layer]
+            x = torch.baddbmm(*layer)
             x = F.relu_(x) if i < last else x
         return x
 
@@ -621,7 +624,8 @@ def model_of_another_run(args, key):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
-    if differ := sorted(k for k in key if key[k] != state["model_key"].get(k, getattr(Args, k, None))):
+    theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
+    if differ := sorted(k for k in key if key[k] != theirs.get(k)):
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 

@@ -143,10 +143,14 @@ def test_finished_run_is_left_alone_and_more_updates_carry_it_on(script, whole, 
     assert fewer.returncode == 2 and "--total-updates" in fewer.stderr
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     config = json.loads((folder / "config.json").read_text())
-    del config["args"]["gamma"]  # as if begun before this flag existed: it has its default
+    del config["args"]["dynamics_bf16"]  # as if begun before this flag existed: it has its default
     (folder / "config.json").write_text(json.dumps(config))
-    other = run(script, data_file, run_dir, "--gamma", "0.9")
-    assert other.returncode == 2 and "--gamma" in other.stderr
+    other = run(script, data_file, run_dir, "--dynamics-bf16")
+    assert other.returncode == 2 and "--dynamics-bf16" in other.stderr
+    (folder / "config.json").write_text(json.dumps(config | {"args": config["args"] | {"renamed_since": 1}}))
+    other = run(script, data_file, run_dir)
+    assert other.returncode == 2 and "--renamed-since" in other.stderr
+    (folder / "config.json").write_text(json.dumps(config))
     assert run(script, data_file, run_dir).returncode == 0  # 60 updates
     x, y = weights(whole), weights(folder)
     assert not [k for k in x if not torch.equal(x[k], y[k])]
@@ -197,12 +201,12 @@ def test_a_model_is_taken_from_another_run_only_if_it_is_the_same_model(script, 
     assert done.returncode == 2 and "no checkpoint.pt" in done.stderr and not (tmp_path / "other").exists()
     m, state = importlib.import_module(script), torch.load(whole / "checkpoint.pt", weights_only=True)
     key = dict(state["model_key"])
-    del state["model_key"]["dynamics_lr"]  # trained before this flag existed: with its default
+    del state["model_key"]["dynamics_bf16"]  # trained before this flag existed: with its default
     torch.save(state, tmp_path / "checkpoint.pt")
     taken, args = state["dynamics"], m.Args(dynamics_from=str(tmp_path))
     assert all(torch.equal(v, taken[k]) for k, v in m.model_of_another_run(args, key).items())
-    with pytest.raises(m.UserError, match="another dynamics_lr"):
-        m.model_of_another_run(args, key | {"dynamics_lr": 0.5})
+    with pytest.raises(m.UserError, match="another dynamics_bf16"):
+        m.model_of_another_run(args, key | {"dynamics_bf16": True})
 
 
 def test_same_seed_same_metrics_other_seed_other_metrics(script, whole, data_file, tmp_path):
