@@ -12,6 +12,7 @@ import pytest
 import torch
 import tyro
 from test_runs import ROOT, assert_same_run, data_file, folder_of, metrics  # noqa: F401 - data_file is a fixture
+from test_sra_siblings import compute_losses_twice
 from torch.distributions import Normal
 
 from utils import Dataset, UserError, parse_task
@@ -253,21 +254,26 @@ def test_critics_see_the_model_instead_of_the_datas_rewards_and_successors(monke
 
 
 @pytest.mark.parametrize("args", [ARGS, ATAC], ids=["armor", "atac"])
-def test_bfloat16_is_close_update_after_update(args):
-    """With large steps, so that a stale bfloat16 copy of a network's weights would show; the model stays float32 without its flag."""
+def test_bfloat16_is_close_update_after_update(args, monkeypatch):
+    """No update works with stale copies of weights; the model stays float32 without its own flag."""
     args = replace(args, hidden=(16, 16, 16), fast_lr=0.01, slow_lr=0.01, tau=0.5)
     made = (lambda args: game(args)[0]) if args.model_ratio else (lambda args: m.ARMOR(2, 2, args, CPU))
     agents = [made(replace(args, bf16=bf16)) for bf16 in (False, True)]
     agents[1].load_state_dict(agents[0].state_dict())
     agents[1].reference = agents[0].reference
+    compute_losses_twice(agents[1], monkeypatch, "bellman", "adversary_loss", "policy_loss")
     rows = (*batch(64), torch.ones(64), torch.randn(64, 4)) if args.model_ratio else batch(64)
+    fit = []
     for step in range(5):
         out = []
         for agent in agents:
             torch.manual_seed(step)
-            out.append(torch.stack(list(agent.update(*rows).values())))
+            metrics = agent.update(*rows)
+            fit.append(metrics.get("losses/data_fit"))
+            out.append(torch.stack(list(metrics.values())))
         torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
         assert (out[0] != out[1]).any() and out[1].dtype == torch.float32
+    assert fit[0] == fit[1]  # the same model, and not rounded
     with agents[1].autocast():
         q = agents[1].qf(*rows[:2])
     assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded

@@ -6,6 +6,7 @@ import json
 import math
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,36 @@ def assert_close(a, b, names):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
-def assert_bfloat16_is_close(full, half, networks):
-    """Over updates with large steps, so that a stale bfloat16 copy of a network's weights would show; all weights get gradients."""
+def compute_losses_twice(agent, monkeypatch, *names):
+    """Every loss once more, with bfloat16 copies made anew of the weights: a stale copy would give another gradient."""
+    learnt = [p for part in vars(agent).values() if isinstance(part, torch.nn.Module) for p in part.parameters() if p.requires_grad]
+
+    def gradients(loss):
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        found = torch.autograd.grad(loss.sum(), learnt, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    def twice(loss, *args):
+        state, first = torch.get_rng_state(), loss(*args)
+        after = torch.get_rng_state()
+        torch.set_autocast_cache_enabled(False)
+        torch.set_rng_state(state)
+        second = loss(*args)
+        torch.set_autocast_cache_enabled(True)
+        torch.set_rng_state(after)
+        assert torch.equal(gradients(first), gradients(second))
+        return first
+
+    for name in names:
+        monkeypatch.setattr(agent, name, partial(twice, getattr(agent, name)))
+
+
+def assert_bfloat16_is_close(full, half, networks, monkeypatch):
+    """Over updates with large steps; every weight gets a gradient, no update works with stale copies of weights."""
     half.load_state_dict(full.state_dict())
+    losses = [name for name in vars(type(half)) if name.endswith("_loss")]
+    assert len(losses) >= 2
+    compute_losses_twice(half, monkeypatch, *losses)
     rows = batch(40)
     for step in range(4):
         out = []
@@ -580,13 +608,13 @@ def test_a_network_that_is_not_finite_ends_the_run_with_status_3(script, data_fi
     assert e.value.status == 3 and (folder / "checkpoint.pt").read_bytes() == good
 
 
-def test_bfloat16_is_close_update_after_update(script):
+def test_bfloat16_is_close_update_after_update(script, monkeypatch):
     large = dict(hidden=(16, 16, 16), learning_rate=0.01, cosine_updates=0)
     full, half = (agent(script, **large, bf16=bf16) for bf16 in (False, True))
-    assert_bfloat16_is_close(full, half, SCRIPTS[script][1])
+    assert_bfloat16_is_close(full, half, SCRIPTS[script][1], monkeypatch)
 
 
-def test_bfloat16_is_close_with_iql():
+def test_bfloat16_is_close_with_iql(monkeypatch):
     large = replace(ARGS, hidden=(16, 16, 16), learning_rate=0.01, cosine_updates=0)
     full, half = (sra_iql.IQL(sra_iql.Normalizer(torch.randn(9, 4)), 4, 2, replace(large, bf16=bf16), CPU) for bf16 in (False, True))
-    assert_bfloat16_is_close(full, half, ("policy", "vf", "qf"))
+    assert_bfloat16_is_close(full, half, ("policy", "vf", "qf"), monkeypatch)
