@@ -55,9 +55,15 @@ class Cell:
 
     @property
     def reference(self):
-        """ARMOR's reference policy, a run's name; None where it is the data or its clone."""
+        """ARMOR's reference policy, the folder of a run; None where it is the data or its clone, or was never evaluated."""
         path = self.setting.get("reference", ["bc"])[0]
-        return None if path in ("bc", "data") else Path(path).name
+        known = path not in ("bc", "data") and all("reference" in result for result, _ in self.runs)
+        return path.removesuffix("/checkpoint.pt").rstrip("/") if known else None
+
+    @property
+    def besides(self):
+        """Its flags but for reference and beta."""
+        return tuple(flag for flag in self.flags if not flag.startswith(("--reference ", "--beta ", "--bellman-weight ")))
 
     @property
     def beta(self):
@@ -228,12 +234,12 @@ def reference_table(cells):
     """ARMOR beside reference policies that are other runs."""
     rows = []
     for cell in sorted(cells, key=lambda cell: (np.mean([result["reference"] for result, _ in cell.runs]), cell.reference, cell.beta)):
-        rest = tuple(f for f in cell.flags if not f.startswith(("--reference ", "--beta ", "--bellman-weight ")))
-        row = [cell.reference, spread([result["reference"] for result, _ in cell.runs]), f"{cell.beta:g}", thousands(cell.updates)]
+        own, gains = ([result[k] for result, _ in cell.runs] for k in ("reference", "improvement"))
+        row = [cell.algorithm, f"`{cell.reference}`", spread(own), f"{cell.beta:g}", thousands(cell.updates)]
         row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last)]
-        rows.append([*row, mean_interval([result["improvement"] for result, _ in cell.runs]), code(rest)])
-    titles = ["reference policy", "its score", "beta", "updates", "seeds", "last evaluation", "over its reference [95 %]", "flags"]
-    return markdown(titles, rows)
+        rows.append([*row, mean_interval(gains), code(cell.besides)])
+    titles = ["algorithm", "reference policy", "its score", "beta", "updates", "seeds", "last evaluation"]
+    return markdown([*titles, "over its reference [95 %]", "flags"], rows)
 
 
 def quotation(entry):
@@ -385,20 +391,23 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         save(figure, f"{task.replace('/', '-')}__{source}")
 
     for (task, source), group in itertools.groupby(every_cell, lambda cell: (cell.task, cell.source)):
-        games = {}  # reference -> [(beta, ARMOR's scores, those of its reference)]
+        games = {}  # what a line of the picture has in common -> [(beta, ARMOR's scores, those of its reference)]
         for cell in group:
             scores = [result["reference"] for result, _ in cell.runs if "reference" in result]
-            if scores and cell.last and cell.algorithm.startswith("armor"):
-                games.setdefault(cell.reference or "clone of the data", []).append((cell.beta, cell.last, scores))
+            if scores and float(cell.setting.get("model-ratio", ["1"])[0]):  # without a model it is ATAC
+                alike = (cell.reference or "clone of the data", thousands(cell.updates), *cell.besides, cell.data)
+                games.setdefault(alike, []).append((cell.beta, cell.last, scores))
         if sum(map(len, games.values())) < 2:
             continue
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        for i, (name, points) in enumerate(sorted(games.items(), key=lambda item: np.mean(item[1][0][2]))):
+        for i, (alike, points) in enumerate(sorted(games.items(), key=lambda item: np.mean(item[1][0][2]))):
+            apart = alike[1:] if sum(other[0] == alike[0] for other in games) > 1 else ()
+            label = " ".join(("ARMOR, reference:", *alike[:1], *apart))[:90]
             points.sort(key=lambda point: point[0])
             betas, means, own = ([*x] for x in zip(*((beta, np.mean(last), np.mean(ref)) for beta, last, ref in points), strict=True))
             error = [np.std(last, ddof=1) if len(last) > 1 else 0 for _, last, _ in points]
             colour = plt.get_cmap("viridis")(i / max(1, len(games)))
-            axes.errorbar(betas, means, error, color=colour, marker="o", markersize=4, capsize=3, label=f"ARMOR, reference: {name}")
+            axes.errorbar(betas, means, error, color=colour, marker="o", markersize=4, capsize=3, label=label)
             axes.axhline(np.mean(own), color=colour, linestyle="--", linewidth=1)
         axes.set(title=f"{task} ({source} data)", xlabel="beta (the smaller, the more pessimism)", ylabel="last evaluation")
         axes.set_xscale("symlog", linthresh=0.1)

@@ -129,13 +129,17 @@ def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tm
 
     for seed in (0, 1):
         game(seed, 30.0 + seed, 40.0, "--reference", "runs/good", "--beta", "4")
-    game(0, 12.0, 10.0, "--reference=runs/bad/checkpoint", "--gamma", "0.9")
+    game(0, 12.0, 10.0, "--reference=runs/bad/checkpoint.pt", "--gamma", "0.9")
+    game(0, 13.0, 10.0, "--reference", "runs/bad", "--beta", "2")  # another gamma: another line
+    game(0, 90.0, 10.0, "--reference", "runs/bad", "--model-ratio", "0")  # ATAC: no line
+    made_up(tmp_path / "results", "armor", 3, [1.0, 2.0], flags=["--reference", "runs/bad"])  # never evaluated: in the task's table
     game(0, 20.0, 8.0)  # the clone of the data: in the table of the task
     game(0, 25.0, 8.0, "--bellman-weight", "1")
     made = tables(tmp_path / "results")
-    assert [row["over its reference [95 %]"] for row in rows_of(made["hopper-medium-v2__d4rl"])] == ["12.0", "17.0"]
-    bad, good = rows_of(made["references__hopper-medium-v2__d4rl"])
-    assert bad["reference policy"] == "checkpoint" and bad["beta"] == "16" == f"{armor.Args.bellman_weight:g}"
+    assert [row["over its reference [95 %]"] for row in rows_of(made["hopper-medium-v2__d4rl"])] == ["12.0", "17.0", "-"]
+    other, bad, _, good = rows_of(made["references__hopper-medium-v2__d4rl"])
+    assert bad["reference policy"] == other["reference policy"] == "`runs/bad`" and other["beta"] == "2"
+    assert bad["beta"] == "16" == f"{armor.Args.bellman_weight:g}" and bad["algorithm"] == "armor"
     assert bad["flags"] == "`--gamma 0.9`" and bad["over its reference [95 %]"] == "2.0"
     assert (
         good["its score"] == "40.0 ± 0.0" and good["last evaluation"] == "30.5 ± 0.7" and good["over its reference [95 %]"] == "-9.5 ± 0.7"
@@ -146,8 +150,9 @@ def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tm
         monkeypatch.setattr(Axes, name, lambda self, *a, name=name, plain=plain, **k: drawn.append((name, a)) or plain(self, *a, **k))
     report.plot(tmp_path / "results", tmp_path / "pictures")
     lines = [a for name, a in drawn if name == "errorbar" and len(a) == 3]  # bar() calls it as well
-    assert lines == [([1.0, 16.0], [25.0, 20.0], [0, 0]), ([16.0], [12.0], [0]), ([4.0], [30.5], [pytest.approx(0.5**0.5)])]
-    assert [a for name, a in drawn if name == "axhline"] == [(8.0,), (10.0,), (40.0,)]
+    own, others = [([1.0, 16.0], [25.0, 20.0], [0, 0])], [([2.0], [13.0], [0]), ([16.0], [12.0], [0])]
+    assert lines == [*own, *others, ([4.0], [30.5], [pytest.approx(0.5**0.5)])]
+    assert [a for name, a in drawn if name == "axhline"] == [(8.0,), (10.0,), (10.0,), (40.0,)]
     assert (tmp_path / "pictures" / "references__hopper-medium-v2__d4rl.png").exists()
 
 
