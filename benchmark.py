@@ -81,6 +81,7 @@ def cases(args):
     for bf16 in (False, True):
         agent = romi_cql.CQL(O, A, replace(base, bf16=bf16), device)
         yield f"cql update{', bf16' * bf16}", lambda agent=agent: agent.update(*rows, False, False), 1, "update", 115, 46
+    yield "bc update", lambda: agent.update(*rows, True, True), 1, "update", None, None
     romi_bcq, maze_rows = importlib.import_module("romi_bcq"), batch(100, 4, 2)
     for bf16 in (False, True):
         agent = romi_bcq.BCQ(4, 2, romi_bcq.Args(compile=args.compile, bf16=bf16), device)
@@ -141,6 +142,19 @@ def cases(args):
         yield f"armor update{', bf16' * bf16}", armor_update, 1, "update", None, 30
     torch.set_flush_denormal(True)  # as SRA's main(): weight decay makes denormal numbers in a long timing, too
     maze, rows_512 = importlib.import_module("utils").parse_task("maze2d-umaze"), batch(512, 4, 2)
+    sra_iql = importlib.import_module("sra_iql")
+    for bf16 in (False, True):
+        settings = sra_iql.resolve(sra_iql.Args(compile=args.compile, dynamics_bf16=bf16), maze)
+        model = sra_iql.ReverseDynamics(4, 2, settings).to(device)
+        opt, x, y = model.optimizer(), torch.randn(7, 256, 6, device=device), torch.randn(7, 256, 4, device=device)
+
+        def model_step(model=model, opt=opt, x=x, y=y):
+            opt.zero_grad()
+            (model(x) - y).square().mean((1, 2)).sum().backward()
+            sra_iql.clip_member_gradients(list(model.parameters()), 1.0)
+            opt.step()
+
+        yield f"sra model step{', bf16' * bf16}", model_step, 1, "step", None, None
     learners = {
         "iql update, 512 rows": ("sra_iql", "IQL", 14.8, 8.2),  # CORL: 7.4 for 256 rows
         "td3+bc update, 512 rows": ("sra_td3bc", "TD3BC", None, None),
@@ -410,7 +424,7 @@ def print_hours(jobs):
         if job.updates and not job.finished():
             rows.setdefault(job.row, []).append(suites.hours(job, ms))
     machine = f"{facts['machine']}, {facts['threads']} threads, {facts['device']}"
-    print(f"hours of what is not finished, estimated from {file.name} ({machine}):", file=sys.stderr)
+    print(f"hours of what is not finished, estimated from {file.name} ({machine}; with fewer threads longer):", file=sys.stderr)
     for row, estimates in rows.items():
         each = f"{estimates[0]:8.1f} h each, {sum(estimates):8.1f} h" if None not in estimates else "not timed"
         print(f"  {row:12s} {len(estimates):4d} runs {each}", file=sys.stderr)

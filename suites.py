@@ -172,6 +172,7 @@ CASES = {
     "bc_expert": {"bc update": 1},
 }
 MODEL_STEPS = 200_000
+SRA_MODEL_STEPS = 77_000  # 20 epochs of a million rows
 
 
 # --- from rows to commands ---
@@ -295,9 +296,10 @@ def hours(job, ms):
     cases = {case: job.updates * calls for case, calls in (CASES.get(job.row) or CASES.get(job.script, {"": 0})).items()}
     if "--bf16" in job.command:
         cases = {f"{case}, bf16" if f"{case}, bf16" in ms else case: calls for case, calls in cases.items()}
-    if job.trains_model and not job.script.startswith("sra_"):
-        half = "dynamics step, bf16"
-        cases[half if "--dynamics-bf16" in job.command and half in ms else "dynamics step"] = MODEL_STEPS
+    if job.trains_model:
+        step, steps = ("sra model step", SRA_MODEL_STEPS) if job.script.startswith("sra_") else ("dynamics step", MODEL_STEPS)
+        half = f"{step}, bf16"
+        cases[half if "--dynamics-bf16" in job.command and half in ms else step] = steps
     return sum(ms[case] * calls for case, calls in cases.items()) / 3.6e6 if cases.keys() <= ms.keys() else None
 
 

@@ -15,7 +15,7 @@ which we could not reach); what we know of the paper comes from a poster with it
   rollouts     one step of pi and one of pi_ref in M per update, their (s, a) into D_model; new starts every H        l. 7-8
 
     python algorithms/armor.py --env hopper-medium-replay
-    python algorithms/armor.py --env hopper-medium-replay --reference runs/<run>    # improve on the policy of any other run
+    python algorithms/armor.py --env hopper-medium-replay --reference runs/<run>    # improve on another run that has a Gaussian policy
     python algorithms/armor.py --env hopper-medium-replay --model-ratio 0           # ATAC: no model, transitions of the data
 
 L looks at given states only, so M gets its gradient from E^w and E_D alone, and beta does not turn it: M is made to agree with

@@ -116,7 +116,7 @@ class Args:
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers of policy and Q functions
     qf_lr: float | None = None  # None: 3e-4; 1e-4 for walker2d in v0
     policy_lr: float | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
-    policy_lr_decay: int | None = None  # updates in which a cosine takes the policy's to 0, 0: constant; None: as the preset
+    policy_lr_decay: int | None = None  # updates in which a cosine takes the policy's rate to 0, 0: never; None: as the preset
     target_entropy: float | None = None  # None: minus the number of action dimensions
     beta: float | None = None  # weight of the conservative term
     rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: states of the whole batch, or imagined ones

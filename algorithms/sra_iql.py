@@ -2,9 +2,10 @@
 
 There are no rewards: a few expert trajectories D^E say what is good, a large supplementary data set D^S what is possible.
 
-Papers: Shao et al. 2024, arXiv:2406.12550 (SRA); Kostrikov et al. 2021, arXiv:2110.06169 (IQL). Reference code:
-sh-jj/SRA-KDD-2024. SRA is known to us from the authors' KDD slides: lines are those of Algorithm 1 ("Overall Algorithm"), equations
-stand under "How to build Reverse Models?" and "How to generate reverse trajectories?". Files are the code's.
+Papers: Shao et al. 2024, arXiv:2406.12550 (SRA); Kostrikov et al. 2021, arXiv:2110.06169 (IQL); Yu et al. 2022, arXiv:2202.01741
+(UDS: rows without a label get reward 0). Reference code: sh-jj/SRA-KDD-2024. SRA is known to us from the authors' KDD slides: lines
+are those of Algorithm 1 ("Overall Algorithm"), equations stand under "How to build Reverse Models?" and "How to generate reverse
+trajectories?". Files are the code's.
 
   reverse model    s = T(s', a), mean of 7 networks          squared error on D^E u D^S             l. 1-3   DynamicsModel.py
   reverse policy   pi_r(a|s'): uniform, or a CVAE            variational bound on D^E u D^S         l. 4-6   ReverseBC.py
