@@ -6,7 +6,7 @@ they are known, from the paper (v0). Line numbers are those of the paper's Algor
   model        p(s', r | s, a), ensemble of N Gaussians                          maximum likelihood on the data       Alg. 1, l. 1
   rollouts     s from the data, h steps of a ~ mu(.|s), (s', r) ~ p_i(.|s, a)    mu: pi or uniform on [-1, 1]^A        Alg. 1, l. 4
   Q functions  min_Q beta (E_rho[Q(s, a)] - E_data[Q(s, a)]) + 1/2 E_df[(Q - B Q_target)^2]                           Eq. 2; l. 5
-               rho(a|s) = exp Q / sum_a exp Q: the gradient of E_rho[Q] is then that of log sum_a exp Q(s, a)          CQL Eq. 4
+               rho(a|s) = exp Q / sum_a exp Q; with rho fixed, E_rho[Q] has the gradient of log sum_a exp Q(s, a)       CQL Eq. 4
                data: real rows only; d_f: share f of real rows, 1 - f of imagined ones
   policy       max_pi E_(s in d_f)[min_j Q_j(s, a) - alpha log pi(a|s)], a ~ pi(.|s)                                   Eq. 3; l. 6
 
@@ -20,17 +20,21 @@ tasks of walker2d.
 
 What public implementations do otherwise, and what it changes:
   1. Gradients flow through the log-sum-exp; unifloral stops them, so Q is raised on the data and lowered nowhere.
-  2. It runs over all 3N sampled actions of a state. OfflineRL-Kit drops a reshape and sums over 3; its beta was chosen with that.
+  2. It runs over all 3N sampled actions of a state. OfflineRL-Kit drops a reshape and sums over 3; its beta was
+     chosen with that and is kept here, not tuned again.
   3. Rollouts stop where the termination rule says so (unifloral goes on), and the rule bounds hopper's states on both sides.
      OfflineRL-Kit also ends halfcheetah and walker2d where a state exceeds 100.
   4. The buffer holds the last 5 rollouts and nothing else; nothing unfilled can be sampled.
+  5. No entropy in the backup, as in Eq. 2 (unifloral has it).
 
-Differences from the paper:
-  5. TD errors are not halved (as in every code, unlike Eq. 2), which makes beta half as strong. No entropy in the backup.
-  6. The policy sees all states of the batch, also where rho has imagined states only (Eq. 3 as printed: s of rho), the smaller of
-     two Q values and an entropy term, as SAC does.
-  7. The Q functions step before the policy, the temperature after it. The policy's rate decays with every update (v2).
-  8. Rows without a recorded successor train no model; only the 5 elites of 7 members imagine.
+Differences from the paper, and from OfflineRL-Kit:
+  6. TD errors are not halved (as in OfflineRL-Kit and d3rlpy, unlike Eq. 2), which makes beta half as strong.
+  7. The policy sees all states of the batch, as l. 6 says, also where rho has imagined states only (Eq. 3: s of rho), the smaller
+     of two Q values and an entropy term, as SAC does.
+  8. The Q functions step before the policy, the temperature after it; in OfflineRL-Kit they come last. v2: the policy's rate
+     decays with every update and over a full million, so that a run can be carried on; in OfflineRL-Kit with every 1 000, over
+     the length of the run. A short run hardly decays: --policy-lr-decay sets the length.
+  9. Rows without a recorded successor train no model. They stay in the learner's batches; OfflineRL-Kit drops them.
 """
 
 import ctypes
@@ -118,8 +122,8 @@ class Args:
     policy_lr: float | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
     policy_lr_decay: int | None = None  # updates in which a cosine takes the policy's rate to 0, 0: never; None: as the preset
     target_entropy: float | None = None  # None: minus the number of action dimensions
-    beta: float | None = None  # weight of the conservative term
-    rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: states of the whole batch, or imagined ones
+    beta: float | None = None  # weight of the conservative term; None: by task
+    rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: all states of the batch, or imagined ones; None: by task
     cql_samples: int = 10  # actions per source (N): uniform, pi(.|s), pi(.|s')
     cql_temperature: float = 1.0
 
@@ -551,7 +555,8 @@ def model_key(direction, args, data):
 
 
 def model_of_another_run(args, key):
-    """State of the model in the folder --dynamics-from: training it here again would give the same bits and take hours."""
+    """State of the model in the folder --dynamics-from: training it here again would take hours and, on the
+    same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
@@ -595,6 +600,8 @@ def termination_fn(task, data):
     reference's signature, although none of them looks at more than next_obs."""
     if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
         reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
+        if not len(reached):
+            raise UserError("--dataset: no row of it ends at the goal, so where imagined episodes end is unknown")
         goal = (reached.amax(0) + reached.amin(0)) / 2
 
     def terminates(obs, act, next_obs):
@@ -624,7 +631,8 @@ def unpack(rows, obs_dim, act_dim):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """A rollout of `horizon` steps from `rollout_starts` rows of `starts` (N, O): (M, 2 O + A + 2) and what to log
+    """A rollout of `horizon` steps from `rollout_starts` rows of `starts` (N, O): its M transitions (M, 2 O + A + 2), fewer than
+    horizon x rollout_starts where some end early, and what to log
     (COMBO Alg. 1, l. 4)."""
     obs = starts[torch.randint(len(starts), (args.rollout_starts,), device=starts.device)]
     rows, alive = [], []
@@ -717,7 +725,7 @@ class COMBO:
             self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
         policy_loss, log_prob = self.policy_loss(obs, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18
+        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18, of log alpha: the same sign
         with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
             torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
@@ -784,6 +792,7 @@ class ModelBuffer:
         self.rows = torch.cat([self.rows, rows])[-sum(self.lengths) :]
 
     def __call__(self, size):
+        """`size` rows, drawn uniformly: (size, 2 O + A + 2)"""
         return self.rows[torch.randint(len(self.rows), (size,), device=self.rows.device)]
 
 

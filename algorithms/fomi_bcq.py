@@ -609,7 +609,8 @@ def model_key(direction, args, data):
 
 
 def model_of_another_run(args, key):
-    """State of the model in the folder --dynamics-from: training it here again would give the same bits and take hours."""
+    """State of the model in the folder --dynamics-from: training it here again would take hours and, on the
+    same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
@@ -630,6 +631,8 @@ def termination_fn(task, data):
     reference's signature, although none of them looks at more than next_obs."""
     if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
         reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
+        if not len(reached):
+            raise UserError("--dataset: no row of it ends at the goal, so where imagined episodes end is unknown")
         goal = (reached.amax(0) + reached.amin(0)) / 2
 
     def terminates(obs, act, next_obs):

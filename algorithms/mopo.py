@@ -19,7 +19,7 @@ OfflineRL-Kit, which has scores on today's data: smaller steps of the policy wit
 Differences from paper and reference code:
   1. u is the norm of the standard deviations, as in the code; the paper prints the norm of the covariance. Every published
      lambda belongs to the code's form. All 7 members count in it, but only the 5 elites imagine (l. 8 names all).
-  2. The penalised reward is a sample of the model, as in the code; the paper speaks of its mean.
+  2. The penalised reward is a sample of the model, as in l. 8 and in the code; the paper's text speaks of its mean.
   3. The buffer keeps the last 5 rollouts whole. The reference keeps the last 5 x 50 000 x h rows, and so, where rollouts end
      early, rows of older policies as well.
   4. Rows without a recorded successor train no model; the reference learns the resets after terminals as physics.
@@ -27,7 +27,9 @@ Differences from paper and reference code:
      halfcheetah and walker2d there.
   6. The policy's log standard deviation is clamped to [-5, 2] as in OfflineRL-Kit, in the reference to [-20, 2].
   7. The Q functions step before the policy, the temperature after it. TD errors are not halved (no matter for Adam).
-  8. v2: the policy's rate decays with every update, in OfflineRL-Kit with every 1 000.
+  8. v2: the policy's rate decays with every update and over the full three million, so that a run can be carried on; in
+     OfflineRL-Kit with every 1 000, over the length of the run. A short run hardly decays: --policy-lr-decay sets the length.
+  9. Rows that end without a recorded successor stay in the learner's batches (their targets need none); OfflineRL-Kit drops them.
 """
 
 import ctypes
@@ -188,6 +190,8 @@ def resolve(args, task):
         raise UserError(f"--total-updates {args.total_updates}: the policy stands still after --policy-lr-decay {args.policy_lr_decay}")
     if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
         raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
+    if args.penalty != "aleatoric" and args.ensemble_size == 1 and args.model_ratio > 0:
+        raise UserError(f"--penalty {args.penalty}: needs members that can disagree; --ensemble-size 1 has one")
     if args.model_ratio > 0 and int((1 - args.model_ratio) * args.batch_size + 1e-6) == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
     name = "sac" if args.model_ratio == 0 else "mopo" if args.penalty_coef > 0 else "mbpo"
@@ -544,7 +548,8 @@ def model_key(direction, args, data):
 
 
 def model_of_another_run(args, key):
-    """State of the model in the folder --dynamics-from: training it here again would give the same bits and take hours."""
+    """State of the model in the folder --dynamics-from: training it here again would take hours and, on the
+    same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
@@ -588,6 +593,8 @@ def termination_fn(task, data):
     reference's signature, although none of them looks at more than next_obs."""
     if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
         reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
+        if not len(reached):
+            raise UserError("--dataset: no row of it ends at the goal, so where imagined episodes end is unknown")
         goal = (reached.amax(0) + reached.amin(0)) / 2
 
     def terminates(obs, act, next_obs):
@@ -632,7 +639,8 @@ def penalty_of(kind, mean, logvar):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """A rollout of `horizon` steps from `rollout_starts` rows of `starts` (N, O): (M, 2 O + A + 2) and what to log
+    """A rollout of `horizon` steps from `rollout_starts` rows of `starts` (N, O): its M transitions (M, 2 O + A + 2), fewer than
+    horizon x rollout_starts where some end early, and what to log
     (MOPO Alg. 2, l. 4-10)."""
     obs = starts[torch.randint(len(starts), (args.rollout_starts,), device=starts.device)]  # l. 5
     rows, penalties, alive = [], [], []
@@ -710,7 +718,7 @@ class SAC:
             self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
         policy_loss, log_prob = self.policy_loss(obs, alpha)
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18
+        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18, of log alpha: the same sign
         with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
             torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
@@ -777,6 +785,7 @@ class ModelBuffer:
         self.rows = torch.cat([self.rows, rows])[-sum(self.lengths) :]
 
     def __call__(self, size):
+        """`size` rows, drawn uniformly: (size, 2 O + A + 2)"""
         return self.rows[torch.randint(len(self.rows), (size,), device=self.rows.device)]
 
 

@@ -607,7 +607,8 @@ def model_key(direction, args, data):
 
 
 def model_of_another_run(args, key):
-    """State of the model in the folder --dynamics-from: training it here again would give the same bits and take hours."""
+    """State of the model in the folder --dynamics-from: training it here again would take hours and, on the
+    same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")

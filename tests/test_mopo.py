@@ -42,10 +42,13 @@ class FixedModel:
 
     def __init__(self, std, step=0.0, reward=1.0):
         self.spread, self.step, self.reward, self.elites, self.seen = std, step, reward, torch.arange(5), []
-        self.mean, self.std = torch.zeros(std.shape[1] - 1 + 2), torch.full((std.shape[1] - 1 + 2,), 2.0)  # of the inputs
+        self.mean, self.std = torch.full((std.shape[1] - 1 + 2,), 0.5), torch.full((std.shape[1] - 1 + 2,), 2.0)  # of the inputs
 
     def inputs(self, cond, act):
-        return torch.cat([cond, act], -1)
+        return (torch.cat([cond, act], -1) - self.mean) / self.std
+
+    def raw(self, x):
+        return x * self.std + self.mean
 
     def __call__(self, x, members=None):
         mean = torch.zeros(len(x), x.shape[1], self.spread.shape[1])
@@ -110,7 +113,7 @@ def test_penalty_is_that_of_the_state_before_the_step():
 
         def __call__(self, x, members=None):
             mean, _ = super().__call__(x)
-            return mean, 2 * x[..., :1].abs().log().expand(-1, -1, 3)
+            return mean, 2 * self.raw(x)[..., :1].abs().log().expand(-1, -1, 3)
 
     rows, _ = mopo.imagine(torch.full((5, 2), 2.0), Foggy(torch.ones(7, 3), step=1.0), Straight(), never, MOPO)
     rew = mopo.unpack(rows, 2, 2)[2].view(4, 200)  # states 2, 3, 4, 5: 1 - 2 sqrt(3) s
@@ -196,13 +199,14 @@ class Stub:
 def buffer(m, args, monkeypatch, run, rows_of=lambda call: 10):
     """A ModelBuffer whose rollouts are rows full of their number, 1, 2, ..."""
     calls = []
+    data = Dataset(torch.randn(5, 11), torch.zeros(5, 3), *[torch.zeros(5)] * 5)
 
     def imagine(starts, dynamics, policy, terminates, args):
-        calls.append(torch.rand(1).item())
+        assert torch.equal(starts, data.obs)
+        calls.append((torch.rand(1).item(), {k: v.clone() for k, v in policy.state_dict().items()}))
         return torch.full((rows_of(len(calls)), 27), float(len(calls))), {"x": 0}
 
     monkeypatch.setattr(m, "imagine", imagine)
-    data = Dataset(*(torch.zeros(5, 11), torch.zeros(5, 3), *[torch.zeros(5)] * 5))
     return m.ModelBuffer(HOPPER, data, m.Dynamics(11, 3, args), args, CPU, run), calls
 
 
@@ -223,16 +227,18 @@ def test_the_buffer_holds_the_last_rollouts_and_nothing_else(m, args, monkeypatc
 
 @both
 def test_a_checkpoint_gives_the_same_rollouts_again(m, args, monkeypatch):
-    run = Stub()
+    run, policies = Stub(), [m.Policy(11, 3, args.hidden).state_dict() for _ in range(7)]
     stored, calls = buffer(m, args, monkeypatch, run)
-    for i in range(7):
-        stored.add(1_000 * i, m.Policy(11, 3, args.hidden).state_dict())
-    assert len(set(calls)) == 7  # a seed of its own each
+    for i, policy in enumerate(policies):
+        stored.add(1_000 * i, policy)
+    seeds, used = zip(*calls, strict=True)
+    assert len(set(seeds)) == 7  # a seed of its own each
     again = Stub({"rollout_policies": stored.policies})
-    _, seeds = buffer(m, args, monkeypatch, again)
-    assert seeds == calls[-5:] and not again.rows
-    weights = [p["net.0.weight"] for _, p in stored.policies]
-    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))  # snapshots, not five times the last one
+    seeds_again, used_again = zip(*buffer(m, args, monkeypatch, again)[1], strict=True)
+    assert seeds_again == seeds[-5:] and not again.rows
+    for policy, (_, kept), a, b in zip(policies[-5:], stored.policies, used[-5:], used_again, strict=True):
+        for k, v in policy.items():  # the policy at hand imagines, each snapshot is its own, and the same five imagine again
+            assert torch.equal(v, kept[k]) and torch.equal(v, a[k]) and torch.equal(v, b[k])
 
 
 def test_batches_of_256_hold_12_and_128_real_rows(monkeypatch, tmp_path):
@@ -353,6 +359,22 @@ def test_temperature_rises_when_entropy_is_below_its_target(m, args):
 
 
 @both
+def test_an_update_takes_its_steps_in_order_with_the_temperature_at_hand(m, args, monkeypatch):
+    agent, order, alphas = learner(m, args), [], []
+    torch.nn.init.constant_(agent.log_alpha["sac"], math.log(0.3))
+    plain_critic, plain_policy = agent.critic_loss, agent.policy_loss
+    stepped = {id(agent.qf_opt): "q", id(agent.policy_opt): "policy", id(agent.alpha_opt): "temperature"}
+    plain_descend = m.descend
+    monkeypatch.setattr(m, "descend", lambda opt, *a, **k: (order.append(stepped[id(opt)]), plain_descend(opt, *a, **k)))
+    monkeypatch.setattr(agent, "critic_loss", lambda *rows: (alphas.append(rows[-1]), plain_critic(*rows))[1])
+    monkeypatch.setattr(agent, "policy_loss", lambda obs, alpha: (alphas.append(alpha), plain_policy(obs, alpha))[1])
+    metrics = agent.update(*batch(), *([0] if m is mopo else [20, 0]))
+    assert order == ["q", "policy", "temperature"]
+    alphas = alphas[m is combo :]  # COMBO's critic has none: no entropy in the backup
+    assert [a.item() for a in alphas] == pytest.approx([0.3] * len(alphas)) and metrics["q/alpha"].item() == pytest.approx(0.3)
+
+
+@both
 def test_policy_rate_follows_its_cosine(m, args):
     agent = (mopo.SAC if m is mopo else combo.COMBO)(2, 2, replace(args, policy_lr_decay=100), CPU)
     for step, rate in ((0, 1.0), (50, 0.5), (100, 0.0), (150, 0.0)):
@@ -371,6 +393,34 @@ def test_soft_maximum_of_a_constant_is_the_volume_of_the_box():
     assert combo.soft_maximum(q, density)[0].tolist() == pytest.approx([7 + 3 * math.log(2) + math.log(12)] * 5)
     with pytest.raises(AssertionError):
         combo.soft_maximum(q.view(2, 20, 3), density)  # 3 terms where 3N belong
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_soft_maximum_is_the_integral_over_actions(temperature):
+    """Q(a) = sin 3a on [-1, 1], actions drawn uniformly and around 0.2: T log of the integral of exp(Q / T)."""
+    grid = torch.linspace(-1, 1, 20_001)
+    exact = temperature * (torch.trapezoid((torch.sin(3 * grid) / temperature).exp(), grid)).log().item()
+    half = 100_000
+    normal = torch.distributions.Normal(0.0, 0.5)
+    u = normal.sample((half,))
+    squashed = u.tanh()
+    acts = torch.cat([2 * torch.rand(half) - 1, squashed])
+    density = torch.cat([torch.full((half,), math.log(0.5)), normal.log_prob(u) - (1 - squashed**2).log()])
+    estimate = combo.soft_maximum(torch.sin(3 * acts).expand(2, 1, -1), density[None], temperature)
+    expected = [exact + temperature * math.log(2 * half)] * 2  # up to the log of the number of terms
+    assert estimate[:, 0].tolist() == pytest.approx(expected, abs=0.02)
+
+
+def test_bfloat16_leaves_targets_alone_and_changes_the_conservative_term_by_its_rounding():
+    a, b = (combo.COMBO(2, 2, replace(COMBO, hidden=(16, 16, 16), bf16=bf16), CPU) for bf16 in (False, True))
+    b.load_state_dict(a.state_dict())
+    rows, out = batch(), []
+    for agent in (a, b):
+        torch.manual_seed(5)
+        out.append(agent.critic_loss(*rows, 20)[1])
+    assert torch.equal(out[0]["q/target"], out[1]["q/target"]) and torch.equal(out[0]["q/data"], out[1]["q/data"])
+    full, rounded = (o["losses/conservative"].item() for o in out)
+    assert full != rounded == pytest.approx(full, rel=0.01)
 
 
 @pytest.mark.parametrize("where, rows", [("mix", 40), ("model", 30)])
@@ -490,7 +540,7 @@ def test_model_error_follows_the_actions_of_the_episode(m, args):
     class Adds(FixedModel):
         def __call__(self, x, members=None):
             mean = torch.zeros(len(x), x.shape[1], 3)
-            mean[..., 1:] = x[..., 2:]
+            mean[..., 1:] = self.raw(x)[..., 2:]
             return mean, mean
 
     states = [torch.randn(2)]
@@ -532,6 +582,28 @@ def test_settings_come_from_preset_and_task():
         assert resolved(m, "--total-updates", "3000001", "--policy-lr-decay", "0").policy_lr_decay == 0
     with pytest.raises(UserError, match="not one real row"):
         resolved(combo, "--model-ratio", "1")
+
+
+def test_defaults_are_the_papers():
+    for m, hidden in ((mopo, (256, 256)), (combo, (256, 256, 256))):
+        args = m.resolve(m.Args(), HOPPER)
+        assert (args.rollout_starts, args.rollout_every, args.rollouts_kept) == (50_000, 1_000, 5)
+        assert (args.hidden, args.qf_lr, args.batch_size, args.gamma, args.tau) == (hidden, 3e-4, 256, 0.99, 0.005)
+        assert (args.ensemble_size, args.num_elites, args.dynamics_hidden) == (7, 5, 200)
+    assert mopo.Args().model_ratio == 0.95 and combo.Args().cql_samples == 10 and combo.resolve(combo.Args(), HOPPER).model_ratio == 0.5
+
+
+def test_disagreement_needs_members_that_can_disagree():
+    with pytest.raises(UserError, match="can disagree"):
+        mopo.resolve(mopo.Args(penalty="pairwise_diff", ensemble_size=1, num_elites=1), HOPPER)
+
+
+@both
+def test_antmaze_without_an_end_at_the_goal_is_refused(m, args):
+    obs, none = torch.zeros(5, 29), torch.zeros(5)
+    rows = Dataset(obs, torch.zeros(5, 8), none, obs, none, torch.ones(5, dtype=torch.bool), none)
+    with pytest.raises(UserError, match="ends at the goal"):
+        m.termination_fn(parse_task("antmaze-medium-play"), rows)
 
 
 TABLES = {  # spec/algorithms.md 6b, 7b: horizon and lambda; horizon and beta
