@@ -623,16 +623,16 @@ def _minari_env(task):
 
 
 @torch.no_grad()
-def evaluate(envs, act, seed, trajectories=None):
+def evaluate(envs, act, seed, trajectories=None, rewards=None):
     """One episode in every environment of `envs`, all stepped together; act: obs (B, O) tensor -> actions (B, A).
 
     Episode i is seeded with seed + i. Returns the undiscounted returns and the lengths, NumPy arrays (len(envs),).
-    A list given as `trajectories` gets the observations of every episode, (T+1, O) each.
+    A list given as `trajectories` gets the observations of every episode, (T+1, O) each, one given as `rewards` its rewards, (T,).
     Random numbers that `act` draws from torch are seeded too, and the caller's generators are put back.
     """
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
-    alive, seen = np.arange(len(envs)), [[o.copy()] for o in obs]
+    alive, seen, paid = np.arange(len(envs)), [[o.copy()] for o in obs], [[] for _ in envs]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while len(alive):
@@ -642,10 +642,13 @@ def evaluate(envs, act, seed, trajectories=None):
                 obs[i], rew, terminated, truncated, _ = envs[i].step(actions[k])
                 returns[i] += rew
                 lengths[i] += 1
+                paid[i].append(rew)
                 if trajectories is not None:
                     seen[i].append(obs[i].copy())
                 ended[k] = terminated or truncated
             alive = alive[~ended]
     if trajectories is not None:
         trajectories.extend(np.array(s) for s in seen)
+    if rewards is not None:
+        rewards.extend(np.array(p, float) for p in paid)
     return returns, lengths

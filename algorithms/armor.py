@@ -283,11 +283,13 @@ class Run:
 
     def evaluate(self, update, envs, act):
         """Deterministic episodes, seeded apart from training and from other seeds; the score, or without a reference the return."""
-        self.seen = []
-        returns, lengths = evaluate(envs, act, seed=1000 * self.args.seed + 100, trajectories=self.seen)
+        self.seen, rewards = [], []
+        returns, lengths = evaluate(envs, act, seed=1000 * self.args.seed + 100, trajectories=self.seen, rewards=rewards)
         self.draw("execution", self.seen)
         e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
         e["normalized_score"] = normalized_score(self.task, e["return"])
+        # what the learner maximises, to compare with its Q values: policies of equal discounted return may differ a lot in score
+        e["discounted_return"] = float(np.mean([r @ self.args.gamma ** np.arange(len(r)) for r in rewards]))
         self.evals.append({"update": update} | e)
         self.log(update, {f"eval/{k}": v for k, v in e.items()})
         return e["return"] if e["normalized_score"] is None else e["normalized_score"]
@@ -308,7 +310,8 @@ class Run:
         result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
         result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
-        columns, rows = list(self.evals[0]) if self.evals else [], [list(e.values()) for e in self.evals]
+        columns = list(self.evals[-1]) if self.evals else []
+        rows = [[e.get(k) for k in columns] for e in self.evals]  # a run may have begun before a column existed
         self.to_wandb(lambda run: run.log({"evaluations": sys.modules["wandb"].Table(columns, rows)}))
         self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
         score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]

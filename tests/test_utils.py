@@ -728,7 +728,9 @@ def test_evaluate_by_hand():
         seen.append(obs.clone())
         return obs[:, :1]  # pays what is left: episode of length n returns n (n + 1) / 2
 
-    returns, lengths = evaluate([Countdown() for _ in range(4)], act, seed=2)
+    rewards = []
+    returns, lengths = evaluate([Countdown() for _ in range(4)], act, seed=2, rewards=rewards)
+    assert [r.tolist() for r in rewards] == [[2, 1], [3, 2, 1], [4, 3, 2, 1], [5, 4, 3, 2, 1]]
     assert lengths.tolist() == [2, 3, 4, 5] and returns.tolist() == [3, 6, 10, 15]
     assert [len(obs) for obs in seen] == [4, 4, 3, 2, 1] and seen[2].tolist() == [[1, 1], [2, 2], [3, 3]]
     assert all(obs.dtype == torch.float32 for obs in seen)
