@@ -435,18 +435,50 @@ def print_hours(jobs):
 # --- results and sweeps ---
 
 
-def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = ROOT / "results"):
-    """Copy result.json and the evaluation lines of finished runs (default: all of runs/) to results/, where the tables find them."""
-    for folder in folders or sorted(file.parent for file in (ROOT / "runs").glob("*/config.json")):
-        if (folder / "result.json").exists():
-            target = out / folder.name
+def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = ROOT / "results", force: bool = False):
+    """Copy result.json and the evaluation lines of finished runs (default: all of runs/) to results/, where the tables find them.
+
+    A result that is there already gives way to the same run carried on, and to another one (other data or flags, fewer updates)
+    only with --force. Tables and pictures of your own runs alone: `table --results runs`, `plot --results runs`."""
+    for folder in folders or ((ROOT / "runs",) if (ROOT / "runs").is_dir() else ()):
+        runs = [folder] if is_run(folder) else sorted(filter(is_run, folder.glob("*")))
+        if not runs:
+            raise UserError(f"{folder}: neither the folder of a run nor a folder of such folders")
+        for run in runs:
+            if not (run / "result.json").exists():
+                print(f"{run.name}: not finished, left out")
+                continue
+            target, result = out / run.name, json.loads((run / "result.json").read_text())
+            name = "return_mean" if result["normalized_score"] is None else "normalized_score"
+            score = "not evaluated" if result[name] is None else f"{name.replace('_', ' ')} {result[name]:.1f}"
+            state = "new"
+            if (target / "result.json").exists():
+                there = json.loads((target / "result.json").read_text())
+                state = "unchanged" if there == result else "replaced"
+                if other := other_run(there, result):
+                    state += f", which had {other}"
+                    if not force:
+                        print(f"{run.name}: left out, results has one with {other}; --force replaces it", file=sys.stderr)
+                        continue
             target.mkdir(parents=True, exist_ok=True)
-            (target / "result.json").write_text((folder / "result.json").read_text())
-            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (target / "result.json").write_text((run / "result.json").read_text())
+            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
             (target / "evals.jsonl").write_text("".join(line for line in lines if '"eval/' in line or '"reference/' in line))
-            print(f"{folder.name}: {json.loads((target / 'result.json').read_text())['normalized_score']}")
-        else:
-            print(f"{folder.name}: not finished, left out")
+            print(f"{run.name}: {score} ({state})")
+
+
+def is_run(folder):
+    return any((folder / name).exists() for name in ("config.json", "result.json"))
+
+
+def other_run(there, result):
+    """In what the result that is there is another run than `result`, or a longer one; "" if it is not."""
+    flags = [report.training_flags(r.get("command")) for r in (there, result)]
+    if there["dataset"]["sha256"] != result["dataset"]["sha256"]:
+        return "other data"
+    if there.get("command") and result.get("command") and flags[0] != flags[1]:
+        return f"other flags ({' '.join(flags[0]) or 'none'})"
+    return f"{there['updates']} updates" if there["updates"] > result["updates"] else ""
 
 
 def sweeps():

@@ -239,6 +239,10 @@ def load_dataset(task, source="auto", check_widths=True):
         for name, have, want in zip(("observations", "actions"), (data.obs, data.act), WIDTHS[task.domain], strict=True):
             if have.shape[1] != want:
                 raise UserError(f"{path}: {name} have {have.shape[1]} entries, {task.id} has {want}; is it the file of another task?")
+    if task.kind in RELABELLED:
+        act, next_obs, rew = (x[data.has_next].double().numpy() for x in (data.act, data.next_obs, data.rew))
+        if not np.allclose(relabelled_reward(task.kind, act, next_obs), rew, atol=1e-2):
+            raise UserError(f"{path}: its rewards are not those of {task.id}; write utils.relabelled_reward of its rows into them")
     return data
 
 
@@ -282,7 +286,9 @@ def _find(task, source):
     stem = f"{task.domain}_{task.kind.replace('-', '_')}"
     how = {
         "d4rl": f"place {Path(task.file).name} into {D4RL}, or connect to the internet",
-        "bundled": "only hopper-medium-replay ships with the repository",
+        "bundled": "only hopper-medium-replay ships with the repository"
+        if BUNDLED.is_dir()
+        else f"{BUNDLED} is missing, copy it from the repository",
         "generated": f"make it with: python datasets/mujoco.py --env {task.domain} --kinds {task.kind}",
     }
     if task.domain == "maze2d":
@@ -570,7 +576,11 @@ def make_env(task):
             return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")
         if domain not in robots:
             raise UserError(f"there is no evaluation environment for {getattr(task, 'id', task)}; use --eval-episodes 0")
-        env = gymnasium.make(robots[domain])
+        mujoco.set_mju_user_warning(lambda message: None)  # of a deprecated word in halfcheetah's XML, once an environment
+        try:
+            env = gymnasium.make(robots[domain])
+        finally:
+            mujoco.set_mju_user_warning(None)
     version = tuple(int(n) for n in mujoco.__version__.split(".")[:2])
     if domain in ("hopper", "ant") and version >= (3, 5):
         env.unwrapped.model.geom_margin[:] *= 0.5

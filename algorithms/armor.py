@@ -76,7 +76,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, where a copy has its utils.py
 from utils import UserError, evaluate, file_sha256, load_dataset, make_env, normalized_score, parse_task
 
 
@@ -120,8 +120,8 @@ class Args:
     ensemble_size = num_elites = 1  # no flags, "the only model-based method that doesn't rely on model ensembles"
 
     # --- rollout ---
-    horizon: int | None = None  # imagined steps per start state (h)
-    model_ratio: float = 0.5  # share of imagined rows in a batch (eta; 1 - real_ratio elsewhere); 0: the base learner
+    horizon: int | None = None  # imagined steps per start state (h); None: by task
+    model_ratio: float = 0.5  # share of imagined rows in a batch (eta = 1 - real_ratio); 0: the base learner
     pairs_kept: Annotated[int, tyro.conf.arg(aliases=["--model-buffer-size"])] = 1_000_000  # (s, a) in D_model, the oldest go first
     rollout_margin: float = 0.1  # imagined states may leave the data's range by this share of its width
 
@@ -203,10 +203,12 @@ class Run:
         if (self.folder / "config.json").exists():
             old = json.loads((self.folder / "config.json").read_text())
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
-            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
+            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now | then if now.get(k) != then.get(k)):
+            differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
+            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -580,7 +582,8 @@ def train_dynamics(dynamics, cond, act, rew, pred, args, run):
         expected = dynamics(x[holdout].expand(E, -1, -1))[1][dynamics.elites].exp().mean()
     fit = {"elite_mse": mse[dynamics.elites].mean(), "elite_expected_mse": expected, "explained_variance": explained}
     run.log(0, {"model/epochs": epoch} | {f"model/{k}": v for k, v in fit.items()})
-    print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, holdout MSE {mse[dynamics.elites].mean():.4g}", file=sys.stderr)
+    error = f"holdout MSE {fit['elite_mse']:.4g}, {100 * explained:.1f} % of the variance explained"
+    print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, {error}", file=sys.stderr)
 
 
 def model_key(direction, args, data):
@@ -595,12 +598,12 @@ def model_of_another_run(args, key):
     same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
+        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there (a run that has its model goes on without the flag)")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
     theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
-    if differ := sorted(k for k in key if key[k] != theirs.get(k)):
+    if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 
@@ -1045,5 +1048,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

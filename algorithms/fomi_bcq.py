@@ -53,7 +53,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, where a copy has its utils.py
 from utils import UserError, evaluate, load_dataset, make_env, normalized_score, parse_task
 
 
@@ -98,9 +98,9 @@ class Args:
     holdout_max: int = 1_000  # upper limit of held-out rows
 
     # --- rollout (None: the task's value, SETTINGS below) ---
-    horizon: int | None = None  # imagined steps per start state (h)
-    model_ratio: float | None = None  # share of imagined rows in a batch (eta; 1 - real_ratio elsewhere); 0: the base learner
-    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # which actions are imagined
+    horizon: int | None = None  # imagined steps per start state (h); None: by task
+    model_ratio: float | None = None  # share of imagined rows in a batch (eta = 1 - real_ratio); 0: the base learner; None: by task
+    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # which actions are imagined; None: by task
     priority_rollout: bool | None = None  # draw start states by the return of their trajectory
     priority_policy: bool | None = None  # draw the real rows of each batch by the return of their trajectory
     model_buffer_size: int = 4_000_000  # imagined transitions, made once before policy learning
@@ -193,10 +193,12 @@ class Run:
         if (self.folder / "config.json").exists():
             old = json.loads((self.folder / "config.json").read_text())
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
-            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
+            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now | then if now.get(k) != then.get(k)):
+            differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
+            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -574,7 +576,8 @@ def train_dynamics(dynamics, cond, act, rew, pred, args, run):
         expected = dynamics(x[holdout].expand(E, -1, -1))[1][dynamics.elites].exp().mean()
     fit = {"elite_mse": mse[dynamics.elites].mean(), "elite_expected_mse": expected, "explained_variance": explained}
     run.log(0, {"model/epochs": epoch} | {f"model/{k}": v for k, v in fit.items()})
-    print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, holdout MSE {mse[dynamics.elites].mean():.4g}", file=sys.stderr)
+    error = f"holdout MSE {fit['elite_mse']:.4g}, {100 * explained:.1f} % of the variance explained"
+    print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, {error}", file=sys.stderr)
 
 
 def train_rollout_policy(policy, cond, act, args, run):
@@ -616,12 +619,12 @@ def model_of_another_run(args, key):
     same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
+        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there (a run that has its model goes on without the flag)")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
     theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
-    if differ := sorted(k for k in key if key[k] != theirs.get(k)):
+    if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 
@@ -912,5 +915,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

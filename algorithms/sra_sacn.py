@@ -85,7 +85,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, where a copy has its utils.py
 from utils import UserError, evaluate, load_dataset, load_expert, make_env, normalized_score, parse_task
 
 
@@ -129,9 +129,9 @@ class Args:
     dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
 
     # --- rollout (None: the task's value, SETTINGS below) ---
-    horizon: int | None = None  # imagined steps per start state (h)
-    model_ratio: float | None = None  # share of imagined rows in the supplementary half of a batch (eta); 0: the base learner
-    rollout_policy: Literal["cvae", "uniform"] | None = None  # reverse policy: which actions are imagined
+    horizon: int | None = None  # imagined steps per start state (h); None: by task
+    model_ratio: float | None = None  # share of imagined rows in a batch's supplementary half (eta); 0: the base learner; None: by task
+    rollout_policy: Literal["cvae", "uniform"] | None = None  # reverse policy: which actions are imagined; None: by task
     warmup: int | None = None  # updates before the first round of augmentation
     rollout_every: int = 50_000  # updates from one rollout to the next
     augmented_rows: Annotated[int, tyro.conf.arg(aliases=["--model-buffer-size"])] = 4_000_000  # imagined transitions of all rounds
@@ -239,10 +239,12 @@ class Run:
         if (self.folder / "config.json").exists():
             old = json.loads((self.folder / "config.json").read_text())
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
-            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} | c["dataset"] for c in (self.config, old))
+            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
-            if differ := sorted(f"--{k.replace('_', '-')}" for k in now | then if now.get(k) != then.get(k)):
+            differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
+            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
             self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -635,12 +637,12 @@ def model_of_another_run(args, key):
     same device with as many threads, give the same bits."""
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there; give the folder of a run")
+        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there (a run that has its model goes on without the flag)")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
     theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
-    if differ := sorted(k for k in key if key[k] != theirs.get(k)):
+    if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
     return state["dynamics"]
 
@@ -996,5 +998,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

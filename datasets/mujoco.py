@@ -256,6 +256,14 @@ def episode_returns(data):
     return np.add.reduceat(data["rewards"].astype(np.float64), np.r_[0, ends[:-1]]), np.diff(np.r_[0, ends])
 
 
+def other_settings(path, args):
+    """The settings of a data set that is there, as flags, where they are not those of `args`."""
+    theirs = json.loads(path.with_suffix(".json").read_text())["args"]
+    mine = json.loads(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}))
+    matters = [k for k in mine if k in theirs and k not in ("kinds", "out", "num_threads", "minari", "checkpoint_every")]
+    return [f"--{k.replace('_', '-')} {theirs[k]}" for k in matters if theirs[k] != mine[k]]
+
+
 def write(path, data, meta, args):
     """HDF5 in D4RL layout, and the sheet of facts beside it; complete under its name or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -441,8 +449,10 @@ def train(args, folder):
 
 
 def main(args):
-    if not args.kinds or args.updates_per_step <= 0 or args.steps < 1 or args.total_steps <= args.random_steps:
-        raise UserError("--kinds, --updates-per-step, --steps and --total-steps must leave something to do")
+    if not args.kinds or args.updates_per_step <= 0 or args.steps < 1:
+        raise UserError("--kinds, --updates-per-step and --steps must leave something to do")
+    if args.total_steps <= args.random_steps:
+        raise UserError(f"--total-steps {args.total_steps}: must exceed --random-steps {args.random_steps}, or nothing is learnt")
     if wrong := [f"{kind} is a task of {RELABELLED[kind]}" for kind in args.kinds if RELABELLED.get(kind, args.env) != args.env]:
         raise UserError(f"--kinds: {', '.join(wrong)}, not of {args.env}")
     np.random.seed(args.seed)
@@ -455,7 +465,9 @@ def main(args):
         raise UserError("--kinds jump: make it by itself, its agent is trained on another reward")
     paths = {kind: args.out / f"{args.env}_{kind.replace('-', '_')}.hdf5" for kind in args.kinds}
     todo = [kind for kind in args.kinds if not (paths[kind].exists() and paths[kind].with_suffix(".json").exists())]
-    for kind in set(args.kinds) - set(todo):
+    for kind in sorted(set(args.kinds) - set(todo)):
+        if other := other_settings(paths[kind], args):
+            raise UserError(f"{paths[kind]} was made with {', '.join(other)}; remove it (and its .json), or give another --out")
         print(f"{paths[kind]} is there already")
     if not todo:
         return
@@ -483,8 +495,9 @@ def main(args):
         rng, act_dim = np.random.default_rng(args.seed + 1), make_env(args.env).action_space.shape[0]
         meta = {"kind": kind, "seed": args.seed}
         if run is not None:
-            meta |= {"sac_steps": run.step, "sac_updates": run.updates, "medium_at": run.medium_at, "medium_eval_return": run.medium_return}
-            meta |= {"evaluations": run.evals}
+            meta |= {"sac_steps": run.step, "sac_updates": run.updates, "evaluations": run.evals}
+            if run.medium_at:
+                meta |= {"medium_at": run.medium_at, "medium_eval_return": run.medium_return}
         seed0 = (args.seed + 1) * 10_000_000
         if kind == "random":
             data = collect(args.env, lambda obs: rng.uniform(-1, 1, (len(obs), act_dim)).astype(np.float32), args.steps, seed0, kind)
@@ -492,10 +505,10 @@ def main(args):
         elif kind in ("medium-replay", *RELABELLED):
             n = run.medium_at if kind == "medium-replay" else run.step
             data = {k: x[:n].astype(bool) if x.ndim == 1 and k != "rewards" else x[:n] for k, x in zip(Recorder.KEYS, replay, strict=True)}
-            ret = run.medium_return if kind == "medium-replay" else run.evals[-1][1]
+            ret = run.medium_return if kind == "medium-replay" else run.evals[-1][1] if run.evals else None
             meta["recipe"] = (
                 f"replay buffer of SAC ({args.updates_per_step:g} updates per environment step, {args.random_steps} uniform steps first) "
-                f"up to step {n}, where the deterministic policy's evaluation return was {ret:.1f}"
+                f"up to step {n}, where the deterministic policy's evaluation return was {'not measured' if ret is None else f'{ret:.1f}'}"
             )
             if kind in RELABELLED:
                 data["rewards"] = relabelled_reward(kind, data["actions"], data["next_observations"]).astype(np.float32)
@@ -520,6 +533,9 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
     except UserError as e:
         sys.exit(e.report())
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; the same command goes on from the last checkpoint (every --checkpoint-every steps)", file=sys.stderr)
+        sys.exit(130)

@@ -119,6 +119,32 @@ def test_collected_runs_bring_their_improvement_over_a_reference(tmp_path):
     assert armor["over its reference [95 %]"] == "14.0 [0.9, 27.1]" and cql["over its reference [95 %]"] == "-"
 
 
+def test_collect_replaces_a_result_by_the_same_run_only(tmp_path, capsys):
+    """A toy run under the name of a published one must not take its place."""
+    results = tmp_path / "results"
+
+    def run(scores, *flags, **more):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        folder = made_up(tmp_path / "runs", "mopo", 0, scores, flags=flags, **more)
+        (folder / "evals.jsonl").rename(folder / "metrics.jsonl")
+        benchmark.collect((tmp_path / "runs",), results)
+        return json.loads(next(results.glob("*/result.json")).read_text())["normalized_score"], "".join(capsys.readouterr())
+
+    assert run([1.0, 2.0]) == (2.0, "hopper-medium-v2__mopo__0__d4rl__0: normalized score 2.0 (new)\n")
+    assert run([1.0, 2.0])[1].endswith("(unchanged)\n")
+    assert run([1.0, 2.0, 3.0, 4.0])[0] == 4.0  # carried on
+    for score, why in (
+        (run([9.0]), "4000 updates"),
+        (run([9.0] * 5, "--horizon", "1"), "other flags (none)"),
+        (run([9.0] * 5, dataset={"id": "x", "source": "d4rl", "sha256": "cd" * 32, "transitions": 4_000}), "other data"),
+    ):
+        assert score[0] == 4.0 and f"left out, results has one with {why}; --force" in score[1]
+    benchmark.collect((tmp_path / "runs",), results, force=True)
+    assert json.loads(next(results.glob("*/result.json")).read_text())["normalized_score"] == 9.0
+    with pytest.raises(UserError, match="neither"):
+        benchmark.collect((tmp_path,), results)
+
+
 def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

@@ -296,7 +296,11 @@ def test_killed_command_gives_the_same_data(collector, tmp_path, capsys):
     assert len(data) == sheets[1]["medium_at"] >= 2500 and sheets[1]["evaluations"][-1][1] == sheets[1]["medium_eval_return"]
 
     before = (tmp_path / "cut" / "hopper_random.hdf5").stat().st_mtime_ns
-    run(collector, kinds=("random", "medium-replay"), out=tmp_path / "cut")
+    with pytest.raises(UserError, match="made with --steps 200, --total-steps 6000"):  # a trial must not pass for the real data
+        run(collector, kinds=("random", "medium-replay"), out=tmp_path / "cut")
+    same = {"steps": 200, "total_steps": 6000, "random_steps": 500, "eval_every": 2500, "eval_episodes": 2, "updates_per_step": 0.5}
+    same |= {"batch_size": 16, "hidden": 16}
+    run(collector, kinds=("random", "medium-replay"), out=tmp_path / "cut", **same)
     assert capsys.readouterr().out.count("is there already") == 2
     assert (tmp_path / "cut" / "hopper_random.hdf5").stat().st_mtime_ns == before
 
@@ -344,8 +348,20 @@ def test_relabelled_replay_has_the_reward_of_its_environment(collector, tmp_path
         obs, rew, *_ = env.step(rows["actions"][i])
         assert rew == pytest.approx(rows["rewards"][i].item(), abs=0.05)  # states are recorded in float32
         assert rew == pytest.approx(utils.relabelled_reward(kind, rows["actions"][i], obs))
+    with h5py.File(file, "r+") as f:  # the rewards that the robot itself pays would teach another task than the one evaluated
+        f["rewards"][...] += 1
+    with pytest.raises(UserError, match=f"not those of {robot}-{kind}"):
+        load_dataset(task, str(file))
     with pytest.raises(UserError, match="not of hopper"):
         run(collector, kinds=(kind,), out=tmp_path)
+
+
+def test_a_replay_without_an_evaluation_says_so(collector, tmp_path):
+    run(collector, env="ant", kinds=("angle",), out=tmp_path, total_steps=800, eval_every=9_999)
+    sheet = json.loads((tmp_path / "ant_angle.json").read_text())
+    assert "return was not measured" in sheet["recipe"] and "medium_at" not in sheet
+    with pytest.raises(UserError, match="--total-steps 600: must exceed --random-steps 600"):
+        run(collector, env="ant", kinds=("angle",), out=tmp_path / "other", total_steps=600)
 
 
 def test_the_agent_of_jump_is_trained_on_a_reward_of_its_own(collector, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_finished_run_is_left_alone_and_more_updates_carry_it_on(script, whole, 
     assert again.returncode == 0 and "finished" in again.stdout
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     other = run(script, data_file, run_dir, "--total-updates", "40", "--gamma", "0.9")
-    assert other.returncode == 2 and other.stderr.startswith("error:") and "--gamma" in other.stderr
+    assert other.returncode == 2 and other.stderr.startswith("error:") and "--gamma (0.99 there)" in other.stderr
     fewer = run(script, data_file, run_dir, "--total-updates", "20")
     assert fewer.returncode == 2 and "--total-updates" in fewer.stderr
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -194,9 +194,9 @@ def test_a_model_is_taken_from_another_run_only_if_it_is_the_same_model(script, 
     assert done.returncode == 0 and "epochs" not in done.stderr, done.stderr
     x, y = weights(whole), weights(folder_of(tmp_path, "borrowed"))
     assert not [k for k in y if not torch.equal(x[k], y[k])]  # nothing else changes
-    for wrong, name in (("--seed", "seed"), ("--dynamics-max-epochs", "dynamics_max_epochs")):
+    for wrong, name in (("--seed", "seed (0, here 1)"), ("--dynamics-max-epochs", "dynamics_max_epochs (4, here 1)")):
         done = run(script, data_file, tmp_path / "other", *flags, wrong, "1")
-        assert done.returncode == 2 and done.stderr.startswith("error:") and f"another {name}" in done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("error:") and f"another {name}" in done.stderr, done.stderr
     done = run(script, data_file, tmp_path / "other", "--dynamics-from", str(tmp_path))
     assert done.returncode == 2 and "no checkpoint.pt" in done.stderr and not (tmp_path / "other").exists()
     m, state = importlib.import_module(script), torch.load(whole / "checkpoint.pt", weights_only=True)
@@ -294,3 +294,17 @@ def test_wandb_gets_the_metrics_offline_and_never_stops_a_run(data_file, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     done = run("romi_cql", data_file, tmp_path / "two", *flags)
     assert done.returncode == 0 and "no such client" in done.stderr
+
+
+def test_a_copied_script_finds_its_own_utils_before_a_package_of_that_name(data_file, tmp_path):
+    project = tmp_path / "project"
+    (project / "utils").mkdir(parents=True)
+    (project / "utils" / "__init__.py").touch()
+    (project / "rl").mkdir()
+    for file in (ROOT / "algorithms" / "mopo.py", ROOT / "utils.py"):
+        (project / "rl" / file.name).write_text(file.read_text())
+    command = [sys.executable, "mopo.py", "--env", "hopper-medium-replay"]
+    done = subprocess.run([*command, "--dataset", "bundled"], capture_output=True, text=True, cwd=project / "rl")
+    assert done.returncode == 2 and "bundled is missing, copy it from the repository" in done.stderr, done.stderr
+    lines = [next(line for line in p.read_text().splitlines() if "sys.path.insert" in line) for p in (ROOT / "algorithms").glob("*.py")]
+    assert len(set(lines)) == 1
