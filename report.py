@@ -306,7 +306,7 @@ def fill(page, made, name):
     if unknown := [table for table in found if table not in made]:
         raise UserError(f"{name}: no results for the table {unknown[0]}; there are {', '.join(made)}")
     if missing := [table for table in made if table not in found]:
-        hint = f"write <!-- table: {missing[0]} --> and, below, <!-- end --> where it belongs; or, of your own runs alone, table --results runs"
+        hint = f"write <!-- table: {missing[0]} --> and, below, <!-- end --> where it belongs; of your own runs alone: table --results runs"
         raise UserError(f"{name}: no place for a table; {hint}")
     return marker.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}<!-- end -->", page)
 
