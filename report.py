@@ -375,7 +375,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
 
     for (task, source), group in itertools.groupby(cells, lambda cell: (cell.task, cell.source)):
         group = [cell for cell in group if cell.last]
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
         for cell in group:
             x = [update for update, _ in cell.runs[0][1]]
             y = np.array([[score for _, score in points] for _, points in cell.runs])
@@ -388,7 +388,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         unit = "normalized score" if group and group[0].normalized else "return"
         axes.set(title=f"{task} ({source} data)", xlabel="gradient updates", ylabel=unit)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, title="line: mean over seeds, band: smallest to largest", title_fontsize=8)
+        figure.legend(fontsize=8, title="line: mean over seeds\nband: smallest to largest", title_fontsize=8, loc="outside right upper")
         save(figure, f"{task.replace('/', '-')}__{source}")
 
     for (task, source), group in itertools.groupby(every_cell, lambda cell: (cell.task, cell.source)):
