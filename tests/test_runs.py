@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -294,6 +295,21 @@ def test_wandb_gets_the_metrics_offline_and_never_stops_a_run(data_file, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     done = run("romi_cql", data_file, tmp_path / "two", *flags)
     assert done.returncode == 0 and "no such client" in done.stderr
+
+
+def test_evaluations_log_return_and_discounted_return(monkeypatch):
+    m, logged = importlib.import_module("mopo"), {}
+
+    def evaluate(envs, act, seed, trajectories, rewards):
+        rewards.extend([np.array([1.0, 1.0, 1.0]), np.array([2.0])])  # discounted by 0.5: 1.75 and 2
+        return np.array([3.0, 2.0]), np.array([3, 1])
+
+    monkeypatch.setattr(m, "evaluate", evaluate)
+    run = SimpleNamespace(args=m.Args(gamma=0.5), task=parse_task("hopper-medium-replay"), evals=[], draw=lambda *a: None)
+    run.log = lambda update, metrics: logged.update(metrics)
+    score = m.Run.evaluate(run, 7, [], None)
+    assert logged["eval/discounted_return"] == 1.875 and logged["eval/return"] == 2.5 and logged["eval/length"] == 2.0
+    assert score == logged["eval/normalized_score"] and run.evals[0]["update"] == 7
 
 
 def test_a_copied_script_finds_its_own_utils_before_a_package_of_that_name(data_file, tmp_path):
