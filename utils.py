@@ -576,11 +576,12 @@ def make_env(task):
             return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")
         if domain not in robots:
             raise UserError(f"there is no evaluation environment for {getattr(task, 'id', task)}; use --eval-episodes 0")
+        handler = mujoco.get_mju_user_warning()
         mujoco.set_mju_user_warning(lambda message: None)  # of a deprecated word in halfcheetah's XML, once an environment
         try:
             env = gymnasium.make(robots[domain])
         finally:
-            mujoco.set_mju_user_warning(None)
+            mujoco.set_mju_user_warning(handler)
     version = tuple(int(n) for n in mujoco.__version__.split(".")[:2])
     if domain in ("hopper", "ant") and version >= (3, 5):
         env.unwrapped.model.geom_margin[:] *= 0.5

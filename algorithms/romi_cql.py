@@ -283,7 +283,7 @@ class Run:
         self.draw("execution", self.seen)
         e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
         e["normalized_score"] = normalized_score(self.task, e["return"])
-        # what the learner maximises, to compare with its Q values: policies of equal discounted return may differ a lot in score
+        # as far as a learner looks ahead, to compare with Q values: policies of equal discounted return may differ a lot in score
         e["discounted_return"] = float(np.mean([r @ self.args.gamma ** np.arange(len(r)) for r in rewards]))
         self.evals.append({"update": update} | e)
         self.log(update, {f"eval/{k}": v for k, v in e.items()})

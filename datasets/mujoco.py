@@ -256,11 +256,14 @@ def episode_returns(data):
     return np.add.reduceat(data["rewards"].astype(np.float64), np.r_[0, ends[:-1]]), np.diff(np.r_[0, ends])
 
 
-def other_settings(path, args):
-    """The settings of a data set that is there, as flags, where they are not those of `args`."""
+def other_settings(path, kind, args):
+    """The settings of a data set that is there, as flags, where they are not those of `args` and matter to this kind."""
+    idle = {"steps": ("medium-replay", *RELABELLED), "total_steps": ("medium", "medium-replay")}
+    idle |= dict.fromkeys(("medium_band", "min_replay"), ("expert", *RELABELLED))
     theirs = json.loads(path.with_suffix(".json").read_text())["args"]
     mine = json.loads(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}))
-    matters = [k for k in mine if k in theirs and k not in ("kinds", "out", "num_threads", "minari", "checkpoint_every")]
+    matters = [k for k in mine if k in theirs and k not in ("kinds", "minari", "checkpoint_every") and kind not in idle.get(k, ())]
+    matters = [k for k in matters if kind != "random" or k in ("seed", "steps", "infos")]
     return [f"--{k.replace('_', '-')} {theirs[k]}" for k in matters if theirs[k] != mine[k]]
 
 
@@ -466,7 +469,7 @@ def main(args):
     paths = {kind: args.out / f"{args.env}_{kind.replace('-', '_')}.hdf5" for kind in args.kinds}
     todo = [kind for kind in args.kinds if not (paths[kind].exists() and paths[kind].with_suffix(".json").exists())]
     for kind in sorted(set(args.kinds) - set(todo)):
-        if other := other_settings(paths[kind], args):
+        if other := other_settings(paths[kind], kind, args):
             raise UserError(f"{paths[kind]} was made with {', '.join(other)}; remove it (and its .json), or give another --out")
         print(f"{paths[kind]} is there already")
     if not todo:

@@ -296,8 +296,10 @@ def test_killed_command_gives_the_same_data(collector, tmp_path, capsys):
     assert len(data) == sheets[1]["medium_at"] >= 2500 and sheets[1]["evaluations"][-1][1] == sheets[1]["medium_eval_return"]
 
     before = (tmp_path / "cut" / "hopper_random.hdf5").stat().st_mtime_ns
-    with pytest.raises(UserError, match="made with --steps 200, --total-steps 6000"):  # a trial must not pass for the real data
-        run(collector, kinds=("random", "medium-replay"), out=tmp_path / "cut")
+    with pytest.raises(UserError, match=r"made with --updates-per-step 0\.5, --random-steps 500, "):  # a trial is not the real data
+        run(collector, kinds=("medium-replay",), out=tmp_path / "cut")
+    with pytest.raises(UserError, match="made with --steps 200;"):
+        run(collector, kinds=("random",), out=tmp_path / "cut")
     same = {"steps": 200, "total_steps": 6000, "random_steps": 500, "eval_every": 2500, "eval_episodes": 2, "updates_per_step": 0.5}
     same |= {"batch_size": 16, "hidden": 16}
     run(collector, kinds=("random", "medium-replay"), out=tmp_path / "cut", **same)
