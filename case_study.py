@@ -6,12 +6,15 @@ and forward models are (the question of ROMI's Appendix C, which was not at hand
     python case_study.py --runs runs/a runs/b --labels reverse forward
 
 Takes runs of algorithms/romi_bcq.py and fomi_bcq.py, with and without a model, finished or not: what a run does not have yet is
-said and left out. Writes figures/case_study_<task>.png and results/case_study_<task>.json and prints the numbers as tables.
+said and left out; so are the figure's panels of MOPO. Writes figures/case_study_<task>.png and results/case_study_<task>.json and
+prints the numbers as tables.
 
   discrepancy   D(D, tau) = 1/(H+1) sum_t min_(s in D) |s_t - s|_2                                                    ROMI Eq. 5
   accuracy      on held-out transitions of the data; of imagined transitions, against the true simulator
 
 States are (x, y, vx, vy) in m and m/s. A reverse model is given s' and predicts s, a forward model is given s and predicts s'.
+On held-out rows a model predicts means, chains follow them. Imagined transitions are as in training, with noise in state and
+reward: the two kinds of error are not to be compared with one another.
 Everything is seeded: the same command on the same runs gives the same numbers (same number of threads).
 """
 
@@ -70,7 +73,8 @@ def mean_se(values):
 
 
 def held_out(data, args):
-    """Row numbers that the run's model never saw, (R,): the split of train_dynamics, drawn again from the run's settings."""
+    """Row numbers that the run's model was not fitted to, (R,): the split of train_dynamics, drawn again from the run's settings.
+    They did choose each member's best epoch and the elites, so errors on them are a little too small."""
     known = data.has_next.nonzero().squeeze(1)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(args.seed))
     return known[order[: max(1, min(int(args.holdout_ratio * len(known)), args.holdout_max))]]
@@ -325,7 +329,7 @@ def main(args):
     runs, workers = load_runs(args), args.num_threads or os.cpu_count()
     torch.set_num_threads(workers)
     task, source = runs[0].task, args.dataset or runs[0].settings["dataset"]
-    source = runs[0].config["dataset"]["source"] if source == "auto" else source
+    source = runs[0].config["dataset"]["source"] if source == "auto" and task.sources else source  # a Minari task has one
     data = load_dataset(task, source)
     if data.sha256 != runs[0].sha256:
         raise UserError(f"--dataset {source}: is not the file that {runs[0].folder.name} was trained on (another sha256)")

@@ -228,7 +228,7 @@ for _maze in MAZES:
     for _dense in (False, True):
         gymnasium.register(
             f"Rewind/Maze2d-{_maze}{'-dense' * _dense}-v1",
-            entry_point=Maze2d,
+            entry_point="maze2d_env:Maze2d",
             kwargs={"maze": _maze, "dense": _dense},
             max_episode_steps=MAX_STEPS[_maze],
         )

@@ -503,9 +503,12 @@ def _minari_task(dataset_id):
     storage = _minari(dataset_id).storage.metadata
     spec = storage.get("eval_env_spec") or storage.get("env_spec") or ""
     robots = {"HalfCheetah": "halfcheetah", "Hopper": "hopper", "Walker2d": "walker2d", "Ant": "ant"}
-    domain = robots.get(json.loads(spec)["id"].split("-")[0], "") if spec else ""
+    env = json.loads(spec)["id"] if spec else ""
+    domain, kind = robots.get(env.split("-")[0], ""), dataset_id.split("/")[-1]
+    if env.startswith("Rewind/Maze2d-"):  # of datasets/maze2d.py
+        domain, kind = "maze2d", env.removeprefix("Rewind/Maze2d-").removesuffix("-v1")
     reference = (storage["ref_min_score"], storage["ref_max_score"]) if storage.get("ref_max_score") is not None else None
-    return Task(dataset_id, domain, dataset_id.split("/")[-1], reference, env_spec=spec)
+    return Task(dataset_id, domain, kind, reference, MAX_STEPS.get(f"{domain}-{kind.split('-')[0]}", 1000), env_spec=spec)
 
 
 def _read_minari(dataset_id):
@@ -568,7 +571,8 @@ def make_env(task):
     robots = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is out of date.*")
-        if not isinstance(task, str) and not task.sources and not (task.id.startswith("rewind/") and domain in robots):
+        ours = domain == "maze2d" or (domain in robots and not isinstance(task, str) and task.id.startswith("rewind/"))
+        if not isinstance(task, str) and not task.sources and not ours:
             return _minari_env(task)  # our own Minari data sets cannot store the corrected margins
         if domain == "maze2d":
             import maze2d_env  # noqa: F401 - registers the mazes

@@ -89,7 +89,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: int = 5_000  # updates
-    eval_episodes: int = 10  # per evaluation, deterministic actions; 0: never touch the simulator
+    eval_episodes: int = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: int = 7  # members of the model

@@ -9,21 +9,23 @@ sfujim/BCQ (continuous_BCQ).
                    or uniform on [-1, 1]^A
   imagination      a ~ G_theta(.|s'), (s, r) ~ p(.|s', a), then s' <- s, h times, from states of the data       ROMI Alg. 1, l. 10-14
   learner          BCQ on batches with a share eta of imagined transitions                                ROMI Alg. 1, l. 15-16
-                   y = r + gamma (1 - d) max_i [lambda min_j Q_j(s', a_i) + (1 - lambda) max_j Q_j(s', a_i)]     BCQ Eq. 13
-                   a_i = a + xi(s', a, Phi), a ~ G_omega(.|s'): the generator, a VAE trained on the batch        BCQ Alg. 1
+                   y = r + gamma (1 - d) max_i [lambda min_j Q'_j(s', a_i) + (1 - lambda) max_j Q'_j(s', a_i)]   BCQ Eq. 13
+                   a_i = a + xi'(s', a, Phi), a ~ G_omega(.|s'): the generator, a VAE trained on the batch       BCQ Alg. 1
                    xi <- argmax Q_1(s, a + xi(s, a, Phi)), |xi| <= Phi                                           BCQ Eq. 12
 
     python algorithms/romi_bcq.py --env maze2d-umaze
     python algorithms/romi_bcq.py --env maze2d-umaze --model-ratio 0                                      # plain BCQ
 
-Where paper and code disagree we follow the code. Differences from it:
+Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped to +-0.5, start
+states and the real rows of a batch are drawn by the return of their trajectory (the worst is never drawn; not on maze2d: SETTINGS).
+Differences from the code:
   1. Batches are split exactly, round(eta B) imagined rows and the rest real.
-  2. Return-prioritised sampling (not in the paper's main text) draws with replacement from exact proportions, not without
-     replacement from a sum tree; it is two switches; and where all its weights are 0 we sample uniformly.
+  2. This return-prioritised sampling draws with replacement from exact proportions, not without replacement from a sum tree; it
+     is two switches; and where all its weights are 0 we sample uniformly.
   3. Every row with a recorded successor trains the models, also at terminals and time limits; the reference drops those.
   4. RBC minimises the paper's negative log-likelihood; the reference subtracts half an entropy and takes the std as a variance.
   5. Elites are chosen once, on the holdout rows of training; the reference draws new holdout rows when it reloads the model.
-  6. The goal of an antmaze is the middle of the rewarded positions, not asked from the simulator.
+  6. The goal of an antmaze is the middle of the rewarded positions, not asked from the simulator; antmaze-* is v2, there v0.
   7. Rows at a time limit with a recorded successor are real rows of BCQ, which bootstrap; the reference drops them.
   8. A state of hopper below -100 ends a chain as one above 100 does (a slip in the reference's rule).
 BCQ's generator is trained on the mixed batch, as in the reference: with uniform imagined actions it stops being a constraint.
@@ -81,7 +83,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: int = 5_000  # updates
-    eval_episodes: int = 10  # per evaluation, deterministic actions; 0: never touch the simulator
+    eval_episodes: int = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: int = 7  # members of the model
@@ -100,7 +102,7 @@ class Args:
     # --- rollout (None: the task's value, SETTINGS below) ---
     horizon: int | None = None  # imagined steps per start state (h); None: by task
     model_ratio: float | None = None  # share of imagined rows in a batch (eta = 1 - real_ratio); 0: the base learner; None: by task
-    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # reverse policy: which actions are imagined; None: by task
+    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # which actions are imagined; None: by task
     priority_rollout: bool | None = None  # draw start states by the return of their trajectory
     priority_policy: bool | None = None  # draw the real rows of each batch by the return of their trajectory
     model_buffer_size: int = 4_000_000  # imagined transitions, made once before policy learning
@@ -127,7 +129,7 @@ class Args:
     eval_samples: int = 100  # generated actions per state when acting; the one with the largest Q_1 is taken
 
 
-# h, eta, reverse policy, return-prioritised sampling: wenzhe-li/romi, train_bcq.py and cql_mujoco_new.py; "ours" is not in
+# h, eta, rollout policy, return-prioritised sampling: wenzhe-li/romi, train_bcq.py and cql_mujoco_new.py; "ours" is not in
 # the reference. The longest key that the task begins with counts.
 SETTINGS = {
     "maze2d-umaze": (5, 0.7, "uniform", False),
@@ -835,12 +837,12 @@ def imagined_data(task, data, args, device, run, key, given):
     terminates = termination_fn(task, data)
     imagined, stats = imagine(data.obs.to(device), dynamics, rollout_policy, terminates, starts, reward_range, args)
     if not imagined.isfinite().all():
-        raise UserError("imagined rows are not finite: the reverse model has diverged; try a smaller --dynamics-lr", status=3)
-    if task.domain == "maze2d":  # nothing ends here: row i of a call is step i of its chain, in the order of imagination
+        raise UserError("imagined rows are not finite: the model has diverged; try a smaller --dynamics-lr", status=3)
+    h, B = args.horizon, min(args.rollout_batch_size, math.ceil(len(imagined) / args.horizon))
+    n = min(500, B, len(imagined) - (h - 1) * B)  # whole chains of the first call
+    if task.domain == "maze2d" and n > 0:  # nothing ends here: row i of a call is step i of its chain, in the order of imagination
         from maze2d_env import replay_error
 
-        h, B = args.horizon, min(args.rollout_batch_size, math.ceil(len(imagined) / args.horizon))
-        n = min(500, B, len(imagined) - (h - 1) * B)
         chains = torch.stack([imagined[i * B : i * B + n] for i in range(h)], 1).cpu()  # (C, h, ...)
         obs, act, _, next_obs, _ = unpack(chains.flip(1), 4, 2)  # forward in time
         run.draw("imagination", torch.cat([obs[:, :1], next_obs], 1).numpy())

@@ -120,7 +120,7 @@ class Args:
     expert_dataset: str = "auto"  # auto (the expert's data set, on a maze the planner's), a Minari id, or the path of an HDF5 or npz file
     expert_trajectories: int = 5  # the first so many of them
     eval_every: int = 5_000  # updates
-    eval_episodes: int = 30  # per evaluation, deterministic actions; 0: never touch the simulator
+    eval_episodes: int = 30  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: int = 7  # members of the model

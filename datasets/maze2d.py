@@ -7,23 +7,28 @@ Recipe: Farama-Foundation/D4RL, scripts/generation/generate_maze2d_datasets.py a
 
     python datasets/maze2d.py --maze umaze                    # 1 000 000 steps, both rewards, about half a minute
     python datasets/maze2d.py --maze umaze --expert           # demonstrations: real episodes to the task's goal, no noise
+    python datasets/maze2d.py --maze umaze --minari           # also as a Minari data set: --env rewind/maze2d/umaze-v0
     python algorithms/romi_bcq.py --env maze2d-umaze --dataset generated
 
-Written as HDF5 in D4RL layout, sparse and dense reward, with a .json beside each that holds recipe, versions and sha256.
+Written as HDF5 in D4RL layout, sparse and dense reward, with a .json beside each that holds recipe, versions and sha256; with
+--minari also as Minari data sets rewind/maze2d/<maze>[-dense][-expert]-v0, an episode per segment.
 `timeouts` mark the rows at which a target was reached, as in D4RL's files; the motion goes on across them.
 
 Rewards are those of the row's own position, as in D4RL's files; the environment pays for the position after the step, one row
 later (--reward-timing next writes those).
 
 Differences from D4RL's script: the first row of a segment does not repeat the observation before it (a defect of the script); the
-planner starts from the nearest free cell, not from the rounded position; a target drawn twice in a row is planned anew; and there
-is no second condition, on the displacement since the last waypoint, before a waypoint counts as reached.
+planner starts from the nearest free cell, not from the rounded position; a target drawn twice in a row is planned anew; its second
+condition for a waypoint to count as reached, a step shorter than 0.1, always holds (speeds end at 5.2 m/s) and is left out;
+infos/goal is the cell that is driven to, without D4RL's shift by up to 0.1, which does not enter the motion; infos/qpos and
+infos/qvel, the two halves of an observation, are not written.
 """
 
 import functools
 import json
 import os
 import platform
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +36,7 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, not this folder
 
+import gymnasium
 import h5py
 import mujoco
 import numpy as np
@@ -38,7 +44,7 @@ import tyro
 from tqdm import tqdm
 
 from maze2d_env import MAX_STEPS, Maze2d, free_cells, goal_cell
-from utils import GENERATED, UserError, file_sha256
+from utils import GENERATED, REFERENCE, UserError, file_sha256
 
 STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
 
@@ -51,6 +57,7 @@ class Args:
     noise: float | None = None  # standard deviation of the action noise; None: 0.5, with --expert 0
     expert: bool = False  # demonstrations: a reset and a new planner per episode, the task's goal, full length
     reward_timing: Literal["same", "next"] | None = None  # position that is rewarded; None: the row's own, with --expert the next
+    minari: bool = False  # also write Minari data sets
     out: Path = GENERATED
 
 
@@ -134,6 +141,41 @@ def expert(maze, episodes, seed, noise, starts=None):
     return obs, act
 
 
+def write_minari(maze, dense, expert, data, meta):
+    """A Minari data set, an episode per segment; its last observation is known although the motion goes on. One of this id is
+    replaced."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+    from minari.storage import get_dataset_path
+
+    kind = f"{maze}{'-dense' * dense}"
+    dataset_id, begin, buffers = f"rewind/maze2d/{kind}{'-expert' * expert}-v0", 0, []
+    shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
+    ends = np.flatnonzero(data["timeouts"]) + 1
+    for i, end in enumerate([*ends, *([len(data["actions"])] if not data["timeouts"][-1] else [])]):
+        rows, last = slice(begin, end), np.arange(begin, end) == end - 1
+        obs = np.concatenate([data["observations"][rows], data["next_observations"][end - 1 : end]])
+        act, rew, never = data["actions"][rows], data["rewards"][rows], data["terminals"][rows]
+        buffers.append(EpisodeBuffer(id=i, observations=obs, actions=act, rewards=rew, terminations=never, truncations=last))
+        begin = end
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        buffers,
+        env=f"Rewind/Maze2d-{kind}-v1",
+        eval_env=f"Rewind/Maze2d-{kind}-v1",
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+        action_space=gymnasium.spaces.Box(-1, 1, (2,), np.float32),
+        algorithm_name="planner",
+        author="Rewind",
+        author_email="none",
+        code_permalink="datasets/maze2d.py",
+        description=json.dumps({k: v for k, v in meta.items() if k != "sha256"}),
+        ref_min_score=REFERENCE[f"maze2d-{kind}"][0],
+        ref_max_score=REFERENCE[f"maze2d-{kind}"][1],
+    )
+    print(f"Minari data set {dataset_id}: {len(buffers)} episodes", file=sys.stderr)
+
+
 def main(args):
     noise = args.noise if args.noise is not None else 0.0 if args.expert else 0.5
     timing = args.reward_timing or ("next" if args.expert else "same")
@@ -161,9 +203,12 @@ def main(args):
             for k, v in arrays.items():
                 f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
         meta = {"recipe": "expert planner" if args.expert else "planner to random targets", "noise": noise, "reward_timing": timing}
+        meta |= {} if args.expert else {"repaired": "no row of a segment repeats the observation before it, as in D4RL's script"}
         meta |= {"transitions": len(act), "segments": int(ends.sum()), "reward_mean": float(rewards.mean()), "seed": args.seed}
         meta |= {"versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}}
         meta |= {"sha256": file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
+        if args.minari:
+            write_minari(args.maze, dense, args.expert, arrays | {"next_observations": after.astype("f4")}, meta)
         os.replace(part, path)
         path.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
         print(f"{path}: {len(act)} transitions, {ends.sum()} segments, mean reward {rewards.mean():.4f}", file=sys.stderr)

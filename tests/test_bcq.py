@@ -156,6 +156,113 @@ def test_bfloat16_is_close_update_after_update(agent):
     torch.testing.assert_close(q, full.qf(obs, act), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+def test_update_trains_the_generator_on_real_and_imagined_rows(m):
+    agent, seen, rows = m.BCQ(4, 2, ARGS, CPU), [], batch(10)
+    plain = agent.vae_loss
+    agent.vae_loss = lambda obs, act: seen.append((obs, act)) or plain(obs, act)
+    agent.update(*rows)
+    assert len(seen) == 1 and seen[0][0].equal(rows[0]) and seen[0][1].equal(rows[1])
+
+
+@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+def test_settings_of_the_tasks_and_defaults(m):
+    """wenzhe-li/romi: train_bcq.py; BCQ: sfujim/BCQ."""
+
+    def settings(name):
+        a = m.resolve(m.Args(env=name), parse_task(name))
+        return a.horizon, a.model_ratio, a.rollout_policy, a.priority_rollout, a.priority_policy
+
+    for maze, ratio in (("umaze", 0.7), ("medium", 0.5), ("large", 0.3)):
+        for suffix in ("", "-dense"):
+            assert settings(f"maze2d-{maze}{suffix}") == (5, ratio, "uniform", False, False)
+    assert settings("antmaze-medium-play") == (5, 0.1, "cvae", True, True)
+    assert settings("hopper-medium-replay") == (5, 0.1, "uniform", True, True)
+    for robot in ("halfcheetah", "walker2d", "ant"):
+        assert settings(f"{robot}-medium") == (1, 0.1, "cvae", True, True)
+    budgets = dict(total_updates=1_000_000, model_buffer_size=4_000_000, rollout_policy_updates=500_000, batch_size=100)
+    model = dict(ensemble_size=7, num_elites=5, dynamics_hidden=200, dynamics_batch_size=256, dynamics_lr=1e-3, dynamics_max_epochs=None)
+    bcq = dict(gamma=0.99, tau=0.005, lr=1e-3, lmbda=0.75, phi=0.05, bcq_samples=10, eval_samples=100, hidden=(400, 300), vae_hidden=750)
+    vae = dict(kl_weight=0.5, latent_clip=0.5, clip_rewards=False)
+    for name, value in (budgets | model | bcq | vae).items():
+        assert getattr(m.Args(), name) == value, name
+
+
+# --- imagination ---
+
+
+class Log:
+    def __init__(self):
+        self.state, self.logged, self.drawn = {}, {}, {}
+
+    def log(self, update, metrics):
+        self.logged |= metrics
+
+    def draw(self, name, trajectories):
+        self.drawn[name] = trajectories
+
+    def save(self, phase, step, **parts):
+        self.state |= parts | {"phase": phase}
+
+
+def imagined_data(m, task, data, monkeypatch, imagine, **changes):
+    """imagined_data with an untrained model and an imagination of the test's own -> its log"""
+    monkeypatch.setattr(m, "train_dynamics", lambda *_: None)
+    monkeypatch.setattr(m, "imagine", imagine)
+    run, args = Log(), replace(m.Args(), dynamics_hidden=8, vae_hidden=8, rbc_hidden=8, rollout_policy_updates=3, **changes)
+    m.imagined_data(parse_task(task), data, replace(args, horizon=args.horizon or 3), CPU, run, {}, None)
+    return run
+
+
+@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+@pytest.mark.parametrize("policy", ["cvae", "rbc", "uniform"])
+@pytest.mark.parametrize("priority", [True, False])
+def test_rollout_policy_and_start_states_are_those_asked_for(m, policy, priority, monkeypatch):
+    n, trajectory = 200, torch.arange(200) // 100  # the first trajectory earns nothing, the second something
+    obs, act = torch.randn(n, 2), 2 * torch.rand(n, 2) - 1
+    data = Dataset(obs, act, trajectory.float(), obs + 0.1, torch.zeros(n), torch.ones(n, dtype=torch.bool), trajectory)
+    seen, taught = {}, []
+
+    def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range, args):
+        seen.update(starts=starts, policy=type(rollout_policy), rows=sampler(4000), range=reward_range)
+        return torch.zeros(10, 8), {}
+
+    plain = m.train_rollout_policy
+    monkeypatch.setattr(m, "train_rollout_policy", lambda p, cond, act, *rest: taught.append((cond, act)) or plain(p, cond, act, *rest))
+    imagined_data(m, "halfcheetah-medium", data, monkeypatch, imagine, rollout_policy=policy, priority_rollout=priority)
+    assert seen["policy"] is {"cvae": m.ConditionalVAE, "rbc": m.BehaviourCloning, "uniform": m.UniformPolicy}[policy]
+    assert seen["starts"].equal(obs) and seen["range"] == (0, 1)
+    assert (seen["rows"] >= 100).float().mean() == pytest.approx(1.0 if priority else 0.5, abs=0.0 if priority else 0.05)
+    assert len(taught) == (policy != "uniform")
+    for cond, a in taught:  # conditioned on the state that an imagined step is given
+        assert a.equal(act) and cond.equal(data.next_obs if m is romi_bcq else obs)
+
+
+@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+def test_what_a_maze_run_logs_and_draws_of_its_imagination_runs_forward_in_time(m, monkeypatch):
+    from maze2d_env import Maze2d
+
+    h, n, env, rng = 3, 20, Maze2d("umaze"), torch.Generator().manual_seed(0)
+    obs, act, next_obs = torch.zeros(n, h, 4), 2 * torch.rand(n, h, 2, generator=rng) - 1, torch.zeros(n, h, 4)
+    for c in range(n):
+        state = env.reset(seed=c)[0]
+        for t in range(h):
+            obs[c, t] = torch.as_tensor(state)
+            state = env.step(act[c, t].numpy())[0]
+            next_obs[c, t] = torch.as_tensor(state)
+    rows = torch.stack([m.pack(*(x[:, t] for x in (obs, act, torch.zeros(n, h), next_obs, torch.zeros(n, h)))) for t in range(h)])
+    rows = rows.flip(0) if m is romi_bcq else rows  # in the order of imagination
+    known = torch.ones(n, dtype=torch.bool)
+    data = Dataset(obs[:, 0], act[:, 0], torch.zeros(n), next_obs[:, 0], torch.zeros(n), known, torch.arange(n))
+    changes = dict(rollout_policy="uniform", priority_rollout=False, horizon=h, model_buffer_size=h * n)
+    run = imagined_data(m, "maze2d-umaze", data, monkeypatch, lambda *_: (rows.flatten(0, 1), {}), **changes)
+    assert run.logged["model/replay_error_1"] < 1e-6 and run.logged["model/replay_error_3"] < 1e-6
+    for c, trajectory in enumerate(run.drawn["imagination"]):
+        assert (torch.as_tensor(trajectory) == torch.cat([obs[c], next_obs[c, -1:]])).all()
+    tiny = imagined_data(m, "maze2d-umaze", data, monkeypatch, lambda *_: (rows.flatten(0, 1)[:4], {}), **changes)
+    assert not tiny.drawn  # not one whole chain: nothing to show, and no error
+
+
 # --- direction of time ---
 
 

@@ -43,5 +43,19 @@ def test_romi_and_fomi_differ_in_the_direction_only():
     a, b = (SCRIPTS[s].splitlines() for s in ("romi_bcq", "fomi_bcq"))
     changed = [line for line in difflib.unified_diff(a, b, n=0, lineterm="") if line[0] in "+-" and line[:3] not in ("+++", "---")]
     code = [line for line in changed if "cond" in line and "=" in line and "#" in line]
-    assert len(changed) <= 50 and len(code) >= 6
+    assert len(changed) <= 46 and len(code) >= 6
     assert "+            obs, next_obs = cond, pred" in changed and "-            obs, next_obs = pred, cond" in changed
+
+
+def test_romi_imagines_alike_with_both_learners():
+    """Their tests run on romi_cql."""
+    for name in ("imagine", "imagined_data"):
+        assert blocks(SCRIPTS["romi_bcq"])[name] == blocks(SCRIPTS["romi_cql"])[name]
+
+
+def test_the_difference_in_the_readme_is_the_difference():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    shown = readme.split("```diff\n")[1].split("```")[0].splitlines()
+    for sign, script in (("-", "romi_bcq"), ("+", "fomi_bcq")):
+        lines, there = [line[1:] for line in shown if line[0] == sign], SCRIPTS[script].splitlines()
+        assert len(lines) >= 6 and [line for line in there if line in lines] == lines
