@@ -31,6 +31,7 @@ import tyro
 from scipy.spatial import cKDTree
 
 from maze2d_env import replay_error, view_trajectories, wall_distance
+from report import case_study_table
 from utils import UserError, evaluate, load_dataset, make_env, normalized_score, parse_task
 
 ROOT = Path(__file__).resolve().parent
@@ -262,36 +263,7 @@ def study(run, data, trees, args, workers):
     return out, imagined, executed
 
 
-# --- tables and picture ---
-
-
-def table(title, head, rows):
-    """Markdown. A list is a mean and its standard error, None a dash."""
-
-    def cell(x):
-        if isinstance(x, list):
-            return cell(x[0]) + (f" ± {x[1]:.2g}" if x[1] is not None else "")
-        return "-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
-
-    lines = [head, ["---"] * len(head), *([cell(x) for x in row] for row in rows)]
-    print("\n".join([f"\n{title}\n", *(f"| {' | '.join(line)} |" for line in lines)]))
-
-
-def print_tables(result):
-    runs, data = result["runs"].items(), result["data"]
-    head = ["run", "updates", "trajectories", "number", "score", "discrepancy (Eq. 5)", "of positions only, m"]
-    numbers = [(n, r["updates"], what, r[what]) for what in ("imagined", "executed") for n, r in runs if what in r]
-    rows = [[*name, x["trajectories"], x.get("score"), x["discrepancy"], x["discrepancy_positions"]] for *name, x in numbers]
-    table("Average trajectory discrepancy, mean over trajectories ± standard error", head, rows)
-    head = ["run", "model", "steps", "chains", "RMSE of state", "of position, m", "of reward", "unexplained variance"]
-    numbers = [([n, r["direction"], steps], a.values()) for n, r in runs for steps, a in r.get("held_out", {}).items()]
-    rows = [[*name, *errors, None if explained is None else 1 - explained] for name, (*errors, explained) in numbers]
-    table("Models on held-out rows (of a chain, the row it starts from is held out)", head, rows)
-    head = ["run", "model", "chains", "h", "error after 1 step", "after h steps", "overlap a wall", "enter a wall"]
-    keys = ("trajectories", "horizon", "replay_error_1", "replay_error_h", "overlaps_wall", "enters_wall")
-    rows = [[n, r["direction"], *(r["imagined"][k] for k in keys)] for n, r in runs if "imagined" in r]
-    rows.append(["data", None, data["wall_sample"], 1, None, None, data["overlaps_wall"], data["enters_wall"]])
-    table("Imagined transitions in the true simulator, and shares of them at walls", head, rows)
+# --- picture ---
 
 
 def draw(path, maze, panels, runs):
@@ -349,13 +321,13 @@ def main(args):
             panels[1].append((f"{run.label}: imagined, {run.direction}", imagined))
         if executed:
             panels[2].append((f"{run.label}: executed, score {out['executed']['score'][0]:.1f}", executed))
-    print_tables(result)
+    print(f"\n{case_study_table(result)}")
     picture, numbers = ((args.out or ROOT / d) / f"case_study_{task.slug}.{e}" for d, e in (("figures", "png"), ("results", "json")))
     for file in (picture, numbers):
         file.parent.mkdir(parents=True, exist_ok=True)
     draw(picture, maze, [panel for group in panels for panel in group], result["runs"])
     numbers.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{picture}\n{numbers}")
+    print(f"{picture}\n{numbers}")
 
 
 if __name__ == "__main__":

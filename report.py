@@ -280,8 +280,33 @@ def speed_table(file):
     return markdown(["case", "ms", "GFLOP", "GFLOP/s", "matrix rate", "share", "known ms", "target ms"], rows) + f"\n{legend}.\n"
 
 
-def tables(folders, speed_files=()):
-    """Name -> text of every table that the results in `folders` make."""
+def case_study_table(result):
+    """Three tables of what case_study.py measured. A list is a mean and its standard error."""
+
+    def cell(x):
+        if isinstance(x, list):
+            return cell(x[0]) + (f" ± {x[1]:.2g}" if x[1] is not None else "")
+        return "-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
+
+    runs, data, parts = result["runs"].items(), result["data"], []
+    head = ["run", "updates", "trajectories", "number", "score", "discrepancy (Eq. 5)", "of positions only, m"]
+    numbers = [(n, r["updates"], what, r[what]) for what in ("imagined", "executed") for n, r in runs if what in r]
+    rows = [[*name, x["trajectories"], x.get("score"), x["discrepancy"], x["discrepancy_positions"]] for *name, x in numbers]
+    parts.append(("Average trajectory discrepancy, mean over trajectories ± standard error:", head, rows))
+    head = ["run", "model", "steps", "chains", "RMSE of state", "of position, m", "of reward", "unexplained variance"]
+    numbers = [([n, r["direction"], steps], a.values()) for n, r in runs for steps, a in r.get("held_out", {}).items()]
+    rows = [[*name, *errors, None if explained is None else 1 - explained] for name, (*errors, explained) in numbers]
+    parts.append(("Models on held-out rows (of a chain, the row it starts from is held out):", head, rows))
+    head = ["run", "model", "chains", "h", "error after 1 step", "after h steps", "overlap a wall", "enter a wall"]
+    keys = ("trajectories", "horizon", "replay_error_1", "replay_error_h", "overlaps_wall", "enters_wall")
+    rows = [[n, r["direction"], *(r["imagined"][k] for k in keys)] for n, r in runs if "imagined" in r]
+    rows.append(["data", None, data["wall_sample"], 1, None, None, data["overlaps_wall"], data["enters_wall"]])
+    parts.append(("Imagined transitions in the true simulator, and shares of them at walls:", head, rows))
+    return "\n".join(f"{title}\n\n{markdown(head, [[cell(x) for x in row] for row in rows])}" for title, head, rows in parts)
+
+
+def tables(folders, measured=()):
+    """Name -> text of every table that the results in `folders` make, and the measurements of speed and of the case study."""
     made, cells = {}, cells_of(folders)
     given, cells = ([cell for cell in cells if (cell.reference is not None) == there] for there in (True, False))
     for (task, source), group in itertools.groupby(given, lambda cell: (cell.task.replace("/", "-"), cell.source)):
@@ -294,7 +319,8 @@ def tables(folders, speed_files=()):
     if quoted := {entry["table"] for cell in cells for entry in published(cell.task, cell.algorithm, cell.normalized)}:
         rows = [[name, table["source"], table["kind"].replace("_", " ")] for name, table in published_numbers()["tables"].items()]
         made["published"] = markdown(["published", "where", "kind"], [row for row in rows if row[0] in quoted])
-    return made | {file.stem: speed_table(file) for file in speed_files}
+    studies = {file.stem: case_study_table(json.loads(file.read_text())) for file in measured if file.stem.startswith("case_study_")}
+    return made | studies | {file.stem: speed_table(file) for file in measured if file.stem.startswith("speed_")}
 
 
 def fill(page, made, name):
@@ -328,7 +354,7 @@ def table(results: Path = ROOT / "results", page: Path | None = None, check: boo
     """
     here = results.resolve() == ROOT / "results"
     page = page or (ROOT / "benchmarks.md" if here else results / "benchmarks.md")
-    made = tables(results_in(results), sorted(results.glob("speed_*.json")))
+    made = tables(results_in(results), sorted([*results.glob("case_study_*.json"), *results.glob("speed_*.json")]))
     if page.exists():
         old = page.read_text()
     else:

@@ -20,6 +20,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
 import case_study as study
+import report
 from maze2d_env import Maze2d, wall_distance
 from utils import Dataset, UserError
 
@@ -252,6 +253,7 @@ def test_command_line(runs, tmp_path):
         assert 300 < run["held_out"]["5"]["chains"] < 398
     tables = re.findall(r"^\| .* \|$", done.stdout, re.M)
     assert len({t.count("|") for t in tables}) == 2 and len(tables) == 2 + 5 + 2 + 4 + 2 + 3
+    assert report.tables([], [tmp_path / "case_study_maze2d-umaze-v1.json"])["case_study_maze2d-umaze-v1"] in done.stdout
     assert str(tmp_path) not in json.dumps(result)
     again = study_of(tmp_path / "again", "--run-dir", runs)
     assert again == result  # the same command, the same numbers
