@@ -674,7 +674,7 @@ def mujoco_version():
 @pytest.mark.parametrize("robot, name", [("hopper", "Hopper-v4"), ("ant", "Ant-v4")])
 def test_without_the_correction_the_step_is_wrong(robot, name):
     absolute, relative = replay_errors(gymnasium.make(name), robot)
-    assert absolute.max() > 0.1 and np.median(relative) > 1e-2
+    assert absolute.max() > 1e-2 and np.median(relative) > 1e-2  # with it: 1e-6
 
 
 @pytest.mark.parametrize("version", ["3.4.1", "3.5.0", "3.17.0", "4.0.0"])
