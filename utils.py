@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -553,6 +554,41 @@ def _read_minari(dataset_id):
     out = _from_arrays(*flat, bad)
     out.id, out.sha256 = dataset_id, sha256
     return out
+
+
+def write_minari(dataset_id, data, env, reference, algorithm, script, facts):
+    """Arrays of D4RL's layout, `next_observations` among them, as a Minari data set, an episode per terminal or timeout; one of
+    this id is replaced. env: a registered id; reference: return of a random and of an expert policy; facts: dict for the description."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+    from minari.storage import get_dataset_path
+
+    shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # also what a killed run left, which Minari does not list
+    ended = data["terminals"] | data["timeouts"]
+    ended[-1] = True
+    begin, buffers = 0, []
+    for i, end in enumerate(np.flatnonzero(ended) + 1):
+        rows = slice(begin, end)
+        obs = np.concatenate([data["observations"][rows], data["next_observations"][end - 1 : end]])
+        flags = dict(terminations=data["terminals"][rows], truncations=ended[rows] & ~data["terminals"][rows])
+        buffers.append(EpisodeBuffer(id=i, observations=obs, actions=data["actions"][rows], rewards=data["rewards"][rows], **flags))
+        begin = end
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        buffers,
+        env=env,
+        eval_env=env,
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, data["observations"].shape[1:], np.float32),
+        action_space=gymnasium.spaces.Box(-1, 1, data["actions"].shape[1:], np.float32),
+        algorithm_name=algorithm,
+        author="Rewind",
+        author_email="none",
+        code_permalink=script,
+        description=json.dumps(facts),
+        ref_min_score=reference[0],
+        ref_max_score=reference[1],
+    )
+    print(f"Minari data set {dataset_id}: {len(buffers)} episodes", file=sys.stderr)
 
 
 # --- evaluation ---

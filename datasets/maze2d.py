@@ -28,7 +28,6 @@ import functools
 import json
 import os
 import platform
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +35,6 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, not this folder
 
-import gymnasium
 import h5py
 import mujoco
 import numpy as np
@@ -44,7 +42,7 @@ import tyro
 from tqdm import tqdm
 
 from maze2d_env import MAX_STEPS, Maze2d, free_cells, goal_cell
-from utils import GENERATED, REFERENCE, UserError, file_sha256
+from utils import GENERATED, REFERENCE, UserError, file_sha256, write_minari
 
 STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
 
@@ -141,41 +139,6 @@ def expert(maze, episodes, seed, noise, starts=None):
     return obs, act
 
 
-def write_minari(maze, dense, expert, data, meta):
-    """A Minari data set, an episode per segment; its last observation is known although the motion goes on. One of this id is
-    replaced."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-    from minari.storage import get_dataset_path
-
-    kind = f"{maze}{'-dense' * dense}"
-    dataset_id, begin, buffers = f"rewind/maze2d/{kind}{'-expert' * expert}-v0", 0, []
-    shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)
-    ends = np.flatnonzero(data["timeouts"]) + 1
-    for i, end in enumerate([*ends, *([len(data["actions"])] if not data["timeouts"][-1] else [])]):
-        rows, last = slice(begin, end), np.arange(begin, end) == end - 1
-        obs = np.concatenate([data["observations"][rows], data["next_observations"][end - 1 : end]])
-        act, rew, never = data["actions"][rows], data["rewards"][rows], data["terminals"][rows]
-        buffers.append(EpisodeBuffer(id=i, observations=obs, actions=act, rewards=rew, terminations=never, truncations=last))
-        begin = end
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        buffers,
-        env=f"Rewind/Maze2d-{kind}-v1",
-        eval_env=f"Rewind/Maze2d-{kind}-v1",
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-        action_space=gymnasium.spaces.Box(-1, 1, (2,), np.float32),
-        algorithm_name="planner",
-        author="Rewind",
-        author_email="none",
-        code_permalink="datasets/maze2d.py",
-        description=json.dumps({k: v for k, v in meta.items() if k != "sha256"}),
-        ref_min_score=REFERENCE[f"maze2d-{kind}"][0],
-        ref_max_score=REFERENCE[f"maze2d-{kind}"][1],
-    )
-    print(f"Minari data set {dataset_id}: {len(buffers)} episodes", file=sys.stderr)
-
-
 def main(args):
     noise = args.noise if args.noise is not None else 0.0 if args.expert else 0.5
     timing = args.reward_timing or ("next" if args.expert else "same")
@@ -208,7 +171,10 @@ def main(args):
         meta |= {"versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}}
         meta |= {"sha256": file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
         if args.minari:
-            write_minari(args.maze, dense, args.expert, arrays | {"next_observations": after.astype("f4")}, meta)
+            kind, full = f"{args.maze}{'-dense' * dense}", arrays | {"next_observations": after.astype("f4")}  # the motion goes on
+            env, script = f"Rewind/Maze2d-{kind}-v1", "datasets/maze2d.py"
+            name = f"rewind/maze2d/{kind}{'-expert' * args.expert}-v0"
+            write_minari(name, full, env, REFERENCE[f"maze2d-{kind}"], "planner", script, meta)
         os.replace(part, path)
         path.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
         print(f"{path}: {len(act)} transitions, {ends.sum()} segments, mean reward {rewards.mean():.4f}", file=sys.stderr)

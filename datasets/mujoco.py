@@ -30,7 +30,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -51,6 +50,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
+import utils
 from utils import GENERATED, REFERENCE, RELABELLED, Relabelled, UserError, evaluate, file_sha256, make_env, relabelled_reward
 
 Kind = Literal["random", "medium", "medium-replay", "expert", "medium-expert", "jump", "angle"]
@@ -307,43 +307,8 @@ def write(path, data, meta, args):
 
 
 def write_minari(dataset_id, data, meta, args):
-    """The same episodes as a Minari data set; an existing one of this id is replaced."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-    from minari.storage import get_dataset_path
-
-    shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # also what a killed run left, which Minari does not list
-    begin, buffers = 0, []
-    for i, end in enumerate(np.flatnonzero(data["terminals"] | data["timeouts"]) + 1):
-        rows = slice(begin, end)
-        buffers.append(
-            EpisodeBuffer(
-                id=i,
-                observations=np.concatenate([data["observations"][rows], data["next_observations"][end - 1 : end]]),
-                actions=data["actions"][rows],
-                rewards=data["rewards"][rows],
-                terminations=data["terminals"][rows],
-                truncations=data["timeouts"][rows],
-            )
-        )
-        begin = end
-    env = make_env(args.env)
-    o, a = data["observations"].shape[1], data["actions"].shape[1]
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        buffers,
-        env=env.spec.id,
-        eval_env=env.spec.id,
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (o,), np.float32),
-        action_space=gymnasium.spaces.Box(-1, 1, (a,), np.float32),
-        algorithm_name="SAC",
-        author="Rewind",
-        author_email="none",
-        code_permalink="datasets/mujoco.py",
-        description=json.dumps({k: meta[k] for k in ("recipe", "margins", "seed", "versions")}),
-        ref_min_score=REFERENCE[args.env][0],
-        ref_max_score=REFERENCE[args.env][1],
-    )
+    facts = {k: meta[k] for k in ("recipe", "margins", "seed", "versions")}
+    utils.write_minari(dataset_id, data, make_env(args.env).spec.id, REFERENCE[args.env], "SAC", "datasets/mujoco.py", facts)
 
 
 # --- the SAC run ---
