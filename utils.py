@@ -264,7 +264,8 @@ def load_expert(task, source, trajectories, data):
         elif f"{task.domain}-expert-v2" in TASKS and task.file:
             expert = load_dataset(TASKS[f"{task.domain}-expert-v2"], source)
         else:
-            raise UserError(f"--dataset {source}: there are no demonstrations for {task.id}; give a Minari id or the path of a file")
+            auto = "auto, " if task.domain == "maze2d" else ""
+            raise UserError(f"--dataset {source}: there are no demonstrations for {task.id}; give {auto}a Minari id or the path of a file")
     except UserError as e:
         raise UserError(str(e).replace("--dataset", "--expert-dataset"), e.status) from None
     for name, have, want in zip(("observations", "actions"), (expert.obs, expert.act), (data.obs, data.act), strict=True):

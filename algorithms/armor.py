@@ -9,45 +9,50 @@ which we could not reach); what we know of the paper comes from a poster with it
   adversary    min_(f_i, M) L(f_i) + beta (E^w(f_i, M) + lambda E_D(M)), i = 1, 2; f_i projected                      l. 5, Eq. 4
                L    = E_DM[f(s, pi) - f(s, pi_ref)]                                          relative pessimism
                E^w  = (1-w) E_DM[(f - r_M - gamma f(s'_M, pi))^2]                            residual
-                      +   w E_DM[(f - r_M - gamma min_j f_target,j(s'_M, pi))^2]             and against slow copies: "DQRA"
+                      +   w E_DM[(f - r_M - gamma min_j f_target,j(s'_M, pi))^2]             and against slow copies: double-Q residual
                E_D  = E_data[-log P_M(s'|s, a) + (R_M(s, a) - r)^2 / V_max^2]                data fit
   actor        max_pi L(f_1) at a rate 1000 times slower, with entropy                                                l. 6, Eq. 5
   rollouts     one step of pi and one of pi_ref in M per update, their (s, a) into D_model; new starts every H        l. 7-8
 
     python algorithms/armor.py --env hopper-medium-replay
-    python algorithms/armor.py --env hopper-medium-replay --reference runs/<run>    # improve on another run that has a Gaussian policy
+    python algorithms/armor.py --env hopper-medium-replay --reference runs/<run> --exp-name armor_on_<run>    # improve on another run
     python algorithms/armor.py --env hopper-medium-replay --model-ratio 0           # ATAC: no model, transitions of the data
 
-L looks at given states only, so M gets its gradient from E^w and E_D alone, and beta does not turn it: M is made to agree with
-pessimistic critics as far as lambda lets it leave the data.
+E_x[.] is a mean over rows of x. L looks at given states only, so M gets its gradient from E^w and E_D alone, and beta does not
+change its direction: M is made to agree with pessimistic critics as far as lambda lets it leave the data. Rollouts are detached.
 
 What the poster leaves open, and what is done here. "unverified": said to be the paper's, by sources that we could not check.
   1. E_D is taken on the data's rows. Eq. 4 prints D_model, which holds no r and no s'. Rows without a known successor are left out.
+     L, E^w and E_D are means over rows of the minibatch; the poster prints E_D as a sum.
   2. V_max: ours, the reward error of the fitted model, so that rewards are held to the data as states are. With the bound of the
      returns, 550 on hopper, the predicted reward follows the critics: its error rose from 0.03 to 2.0 in 400 updates (a trial).
   3. M is one member of MOPO's ensemble (arXiv:2005.13239; 4 layers of 200, learnt variance), R_M the mean of its reward output.
-     Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps), which the game leaves out as well: they
-     tell whether it harms the model. In the game weight decay stays on, as strong against the data fit as it was; the bounds of
-     the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full length
-     the fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per row).
+     Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps). E_D leaves these out as well, so that they
+     tell whether the game harms the model. Weight decay stays on, as strong against the data fit as it was (with lambda = 1); the
+     bounds of the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full
+     length the fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per
+     row).
   4. One backward pass gives the gradients for M and f_i, so f_i steps on the M of before this step. s'_M is reparameterised, and
      M's gradient also flows through a' ~ pi(.|s'_M) and through the target networks' inputs.
-  5. ATAC's code: terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F is a Frobenius norm of 100 per layer,
-     targets are clipped to the values that rewards of the data allow, one sampled a' per row serves residual and target,
-     tau, gamma, w = 1/2, rates 5e-4 and 5e-7 (unverified for ARMOR, the same), 3 x 256 units. Proj_Pi is a learnt temperature
-     for an entropy of minus the number of actions; it steps before the policy, on the same samples as L. Not ATAC's: targets
-     are clipped by default (in lightATAC an option), the policy's log standard deviation is clamped to [-5, 2].
+  5. ATAC's code: terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F is a Frobenius norm of 100 per layer, one
+     sampled a' per row serves residual and target, tau, gamma, w = 1/2, rates 5e-4 and 5e-7 (unverified for ARMOR, the same), 3 x
+     256 units. Proj_Pi is a learnt temperature for an entropy of minus the number of actions; it steps before the policy, on the
+     same samples as L. Not ATAC's: targets are clipped to the values that rewards of the data allow (in lightATAC an option), and
+     the policy's log standard deviation to [-5, 2].
   6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
-     its transitions. Then the policy's optimiser and temperature begin anew, at the slow rate; those of the critics go on. The
-     clone, frozen, is pi_ref. If another reference is given, pi begins as a clone of its actions; --clone data: of the data's.
+     its transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast
+     rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as a clone of its
+     actions; --clone data: of the data's.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap;
      rollouts that end or overflow begin again in the minibatch; their states are clipped to the data's range, widened by 10 %;
      D_model keeps its last 1 000 000 pairs.
-  9. beta = 16 is ATAC's default, lambda = 1 ours; neither is tuned, and the paper's, one pair per data set, are not known. In
-     trials of 400 updates M stayed at the fit with lambda = 1 and lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01. If
-     it drifts nevertheless (model/nll, model/reward_shift, model/state_shift), nothing freezes it.
- 10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals.
+  9. beta = 16 is the default of ATAC's scripts (lightATAC: 3), lambda = 1 ours; neither is tuned, and the paper's, one pair per
+     data set, are not known. In trials of 400 updates M stayed at the fit with lambda = 1 and lost 4 nats of log P per row with
+     0.1, 20 to 45 with 0.01. On held-out rows it stays there for longer, too; off the data it does not (model/nll,
+     model/reward_shift, model/state_shift; benchmarks.md), and nothing freezes it.
+ 10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals. What is
+     logged as the reference is the clone.
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
  12. J(pi) and J(pi_ref) are returns of mean actions in the same episodes; the game is played on sampled actions.
 """
@@ -128,7 +133,7 @@ class Args:
     # --- learner ---
     reference: str | None = None  # pi_ref: bc (clone of the data), data (its actions; no model), or a run's folder; None: bc, for atac data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
-    clone: Literal["data", "reference"] | None = None  # whose actions the policy clones in the warm start; None: a given reference's
+    clone: Literal["data", "reference"] | None = None  # whose actions the warm start clones; None: a given reference's, else the data's
     model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
     batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
@@ -175,6 +180,8 @@ def resolve(args, task):
         raise UserError(f"--model-ratio {args.model_ratio}: {args.batch_size} rows need some real and some imagined ones; 0: no model")
     if num_model and args.pairs_kept < 2 * (args.batch_size - num_model):
         raise UserError(f"--pairs-kept {args.pairs_kept}: one update adds {2 * (args.batch_size - num_model)} pairs")
+    if not args.warm_start_updates and args.reference == "bc":
+        raise UserError("--warm-start-updates 0: --reference bc is the clone that the warm start makes; give a run's folder")
     if num_model and args.reference == "data":
         raise UserError("--reference data: imagined states have no actions of the data; give bc, a run's folder, or --model-ratio 0")
     if args.clone == "reference" and args.reference in ("bc", "data"):
@@ -207,7 +214,8 @@ class Run:
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
             differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
-            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            facts = [k for k, v in self.config["dataset"].items() if v != old["dataset"].get(k)]
+            differ += sorted({f"{k if k in data.more_facts else 'data'} file" for k in facts})  # also of a reference, of an expert
             if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
@@ -689,7 +697,8 @@ class Rollouts:
         low, high = obs.to(device).aminmax(dim=0)
         margin = args.rollout_margin * (high - low)
         self.low, self.high = low - margin, high + margin
-        self.mean, self.std = obs.mean(0).to(device), obs.std(0).clamp(min=1e-6).to(device)
+        std = obs.std(0)
+        self.mean, self.std = obs.mean(0).to(device), torch.where(std < 1e-6, 1.0, std).to(device)
         self.added = self.steps = self.totals = 0
 
     def sample(self, size):
@@ -727,7 +736,8 @@ class Rollouts:
         return {f"model/rollout_{k}": v for k, v in stats.items()}
 
     def state_dict(self):
-        return {"states": self.states, "pairs": self.pairs[: self.added].clone(), "added": self.added}
+        full = self.added >= len(self.pairs)  # else a view, and torch.save writes all that a view is one of
+        return {"states": self.states, "pairs": self.pairs if full else self.pairs[: self.added].clone(), "added": self.added}
 
     def load_state_dict(self, state):
         self.states, self.added = state["states"].to(self.states.device), state["added"]
@@ -738,10 +748,11 @@ class Rollouts:
 
 
 def value_range(rew, gamma):
-    """Smallest and largest return that rewards within the range of `rew` (N,) allow (lightATAC's --clip_v)."""
+    """Smallest and largest return that rewards in the range of `rew` (N,) and 0 allow, at least 1 / (1 - gamma) apart (lightATAC's
+    --clip_v)."""
     per_step = 1 / max(1 - gamma, 1e-8)
-    v_max = max(0.0, rew.max().item() * per_step)
-    return min(0.0, rew.min().item() * per_step, v_max - per_step), v_max
+    high = max(0.0, rew.max().item() * per_step)
+    return min(0.0, rew.min().item() * per_step, high - per_step), high
 
 
 def normalized_sum(loss, regulariser, weight):
@@ -791,7 +802,7 @@ class ARMOR:
         if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else None
             for name in ("bellman", "adversary_loss", "policy_loss"):
-                setattr(self, name, torch.compile(getattr(self, name), mode=mode))
+                setattr(self, name, torch.compile(getattr(self, name), mode=mode, dynamic=False))  # D_model is empty at first
 
     def new_actor_optimizers(self, policy_lr):
         self.policy_opt = torch.optim.Adam(self.policy.parameters(), lr=policy_lr, **self.adam)
@@ -821,7 +832,7 @@ class ARMOR:
 
     def adversary_loss(self, obs, act, pi_act, ref_act, rew, next_obs, terminated, known):
         """l^adversary, summed over f_1 and f_2 (Eq. 4). obs, act: the pairs of D_M, first those of the data, whose rew, next_obs,
-        terminated and known (is the successor recorded?) follow; ref_act None: the data's actions."""
+        terminated and known (is the successor recorded, and not held out?) follow; ref_act None: the data's actions."""
         n, fit, metrics = len(rew), 0.0, {}
         if self.dynamics is not None:
             mean, logvar = gaussian(self.dynamics, obs, act)
@@ -884,7 +895,7 @@ class ARMOR:
         loss, metrics = self.adversary_loss(obs, act, pi_act.detach(), ref_act, rew, next_obs, terminated, known)  # l. 5
         model = [*self.dynamics.weight, *self.dynamics.bias] if self.dynamics is not None and self.args.bellman_weight else []
         norm = self.step_critics(loss, [*self.qf.parameters(), *model])  # both gradients, then both steps
-        alpha = self.step_alpha(log_prob)
+        alpha = self.step_alpha(log_prob)  # Proj_Pi
         policy_loss = self.policy_loss(obs, pi_act, log_prob, alpha)  # l. 6
         descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the critics get no gradient from it
         metrics |= {"losses/policy": policy_loss.detach(), "q/entropy": -log_prob.detach().mean(), "q/alpha": alpha}
@@ -1008,11 +1019,12 @@ def main(args):
     begin, mark = (step, time.time()), (step, time.time())
     while step < args.total_updates:  # l. 2
         idx = torch.randint(len(rows), (num_real,), device=device)
-        batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3
+        batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3, as the pairs
         if num_model:
             agent.ramp_model(step)
-            metrics = agent.update(*batch, known[idx], rollouts.sample(num_model))
-            rollouts.advance(step, batch[0], agent.policy, reference, dynamics)
+            pairs = rollouts.sample(num_model)
+            metrics = agent.update(*batch, known[idx], pairs)  # l. 4-6
+            rollouts.advance(step, batch[0], agent.policy, reference, dynamics)  # l. 7-8
         else:
             metrics = agent.update(*batch)
         step += 1

@@ -108,7 +108,7 @@ class Args:
     model_buffer_size: int = 4_000_000  # imagined transitions, made once before policy learning
     rollout_batch_size: int = 20_000  # start states per call; the distribution does not depend on it
     clip_rewards: bool = False  # clip imagined rewards to the range of the data
-    rollout_policy_updates: int = 500_000  # of the CVAE or RBC (C_theta)
+    rollout_policy_updates: int = 500_000  # of the learnt rollout policy
     rollout_policy_batch_size: int = 100
     rollout_policy_lr: float = 1e-3
     vae_hidden: int = 750  # width of the 2 hidden layers of encoder and decoder, here and in BCQ's generator
@@ -199,7 +199,8 @@ class Run:
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
             differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
-            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            facts = [k for k, v in self.config["dataset"].items() if v != old["dataset"].get(k)]
+            differ += sorted({f"{k if k in data.more_facts else 'data'} file" for k in facts})  # also of a reference, of an expert
             if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():

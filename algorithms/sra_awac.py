@@ -29,33 +29,42 @@ and the rest D^S. Where slides and code disagree we follow the code. Four repair
   1. Batches are split exactly; the code loses a row to rounding (76 + 179 of 256 rows).
   2. The first round starts at confident supplementary states as well; there the code draws expert states only (a tuple slip).
   3. Mazes are augmented from the first update, every 50 000. The code's warm-up of 200 000 covers their whole run, which then
-     divides by 0 rounds; the slides show D^R after 0, 50 000, 100 000 and 150 000 updates.
+     divides by 0 rounds; its script's 20 000 from one round to the next does not fit the slides, which show D^R after 0, 50 000,
+     100 000 and 150 000 updates.
   4. The weights 1 / (Conf + 1e-5) are computed from log Conf, which overflows nowhere.
 Further differences from the code:
   5. The best epoch of each network is kept as a copy; the code keeps a reference to the live weights, so always the last epoch.
-  6. Rows before a time limit are used where their successor is recorded; the code drops the last row of every episode. Both
-     drop terminal rows: every task is treated as endless, and no rollout terminates.
+  6. Rows before a time limit are used where their successor is recorded; the code drops the last two rows of an episode that a time
+     limit ends. Both drop terminal rows: every task is treated as endless, and no rollout terminates.
   7. Start states are split exactly over a whole step of a round, not in draws of 2 000. Kept rows are drawn without
      replacement by the largest keys log w + Gumbel noise, which has the distribution of the code's draws one by one.
-  8. Given actions are clipped to 1 - 1e-6 before their density is taken, not 1 - 1e-7; the density at the mean action is exact.
+  8. Given actions are clipped to 1 - 1e-6 before their density is taken, not 1 - 1e-7. The density at the mean action is exact. The
+     code sends the mean through the clipped tanh: beyond a mean of about 8.3 its log Conf falls by hundreds to thousands, so that
+     states of saturated actions count as unsure there, and as the surest here.
   9. The number of rounds is that of the rounds that happen, where --rollout-every does not divide the updates after the warm-up.
- 10. The networks do not change when the warm-up ends; the code reseeds there, and reloads Q as its own target if it resumes.
+ 10. When the warm-up ends, only the data change. The code reseeds there; where an earlier run has left the weights of its warm-up,
+     it begins with these, with Q as its own target and a new cosine.
  11. "Earlier rounds" are earlier rounds. In the code the last one is among them (an object that is changed while shared), which
-     takes its share in round k from 0.3 to 0.3 + 0.7 / k.
+     takes its share in round k from 0.3 to 0.3 + 0.7 / k; the same slip makes new goals earlier ones among the start states.
+ 12. Differences from the slides that the code has, too: 90 % of the start states are expert states and 10 % confident ones
+     (there one set G), of which there are at most 10 for every expert state; every step is resampled, from 2 candidates a row that
+     is kept, and the next step goes back from kept ones (there once, when the trajectories are made); the model minimises a squared
+     error, not a likelihood; half of every batch is expert rows, which the policy clones. --threshold mean changes the threshold
+     and drops the cap, no more.
 
 SRA with AWAC stands in the slides' Table 4, but its settings and source are unpublished (the authors' repository has the source of
 IQL only, of the others byte code, which we did not read). What follows is ours. All that is not the learner is as in sra_iql.py:
 labels, halves of a batch, widths, rates with drop and cosine, weight decay, eta, h, rounds, and the cloning of the expert half with
 weight 1 (--bc-weight 0: without).
- 12. The policy is the tanh-squashed Gaussian of sra_iql.py, whose standard deviation depends on the state: confidence is its
+ 13. The policy is the tanh-squashed Gaussian of sra_iql.py, whose standard deviation depends on the state: confidence is its
      density, which is the same in all states with CORL's, a Gaussian with one standard deviation for all of them.
- 13. lambda is CORL's: 0.1 on mazes, 0.3333 on hopper, halfcheetah and walker2d, 1, its default, on ant and all others (CORL has 0.1
+ 14. lambda is CORL's: 0.1 on mazes, 0.3333 on hopper, halfcheetah and walker2d, 1, its default, on ant and all others (CORL has 0.1
      on antmaze and adroit). It goes with the scale of rewards, which are labels here, 0 or 1, of expert rows, not of the goal. Q is
      at most 1 / (1 - gamma) = 100: in the log q/largest shows whether it stays there for the batch's actions, q/largest_target for
      the policy's.
- 14. 2 hidden layers, CORL has 3. AWAC has no weight decay. The loss of Q is the mean of both errors, CORL's the sum: Adam adds the
-     decay to the gradient, so that the sum would halve it beside IQL's.
- 15. The clip of the weights at 100 and the smaller of two Q functions are CORL's. Log standard deviations are clamped to [-5, 2],
+ 15. 2 hidden layers, CORL has 3. CORL's AWAC has no weight decay, the authors' one of 1e-4 on the policy. The loss of Q is the mean
+     of both errors, CORL's the sum: Adam adds the decay to the gradient, so that the sum would halve it beside IQL's.
+ 16. The clip of the weights at 100 and the smaller of two Q functions are CORL's. Log standard deviations are clamped to [-5, 2],
      there to [-20, 2]; actions are squashed, there clipped. Constant rates of 3e-4, 256 rows of one data set and a million updates
      are CORL's, not ours.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
@@ -143,7 +152,7 @@ class Args:
     goal_cap: int = 10  # at most so many such states for every expert state, the most confident; not with the mean
     expert_starts: float = 0.9  # share of the rollouts that start at expert states
     new_ratio: float = 0.3  # share of the last round in imagined rows and in start states that are not the expert's
-    rollout_policy_updates: int = 200_000  # of the CVAE or RBC (C_theta)
+    rollout_policy_updates: int = 200_000  # of the learnt rollout policy
     rollout_policy_batch_size: int = 256
     rollout_policy_lr: float = 1e-3
     vae_hidden: int = 750  # width of the 2 hidden layers of encoder and decoder
@@ -164,7 +173,7 @@ class Args:
 
 
 # Updates, learning rate, eta, h, reverse policy, warm-up: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (its warm-up: repair 3) and
-# sra_iql_mujoco.sh; lambda: CORL, configs/offline/awac. "ours" is in none. The longest key that the task begins with counts.
+# sra_iql_mujoco.sh (robots' *-medium; other data of theirs: ours); lambda: CORL, configs/offline/awac. The longest key that fits counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0, 0.1),  # dense rewards, here and below: ours, as sparse
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0, 0.1),
@@ -205,6 +214,8 @@ def resolve(args, task):
                     raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
                 if v > 1 and name in AT_MOST_1:
                     raise UserError(f"{flag}: must be at most 1")
+    if 0 < args.cosine_updates < args.total_updates:
+        raise UserError(f"--total-updates {args.total_updates}: the policy stands still after --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
         raise UserError(f"--batch-size {args.batch_size}: must be even, half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
@@ -242,7 +253,8 @@ class Run:
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
             differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
-            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            facts = [k for k, v in self.config["dataset"].items() if v != old["dataset"].get(k)]
+            differ += sorted({f"{k if k in data.more_facts else 'data'} file" for k in facts})  # also of a reference, of an expert
             if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
@@ -650,8 +662,8 @@ def unpack(rows, obs_dim, act_dim):
 
 
 def confident_states(policy, expert, supplementary, args):
-    """The goals beside the expert states: supplementary states (M, O) where the policy is as sure as on expert states (N, O),
-    and the threshold (Alg. 1, l. 8)."""
+    """The goals beside the expert states: supplementary states (M, O) where the policy is surer than on most expert states
+    (N, O), or with the mean than on average, and the threshold (Alg. 1, l. 8)."""
     on_expert, log_conf = policy.log_confidence(expert), policy.log_confidence(supplementary)
     if args.threshold == "mean":  # Eq. 4; the mean of Conf, not of its logarithm
         threshold = on_expert.logsumexp(0) - math.log(len(expert))
@@ -683,7 +695,7 @@ def augment(starts, policy, reverse_dynamics, reverse_policy, args):
     """One round of reverse rollouts (Alg. 1, l. 9, 10): rows (h (S // h), 2 O + A + 2), one step back after the other, and what to log.
     starts(n) gives the n states from which the first step goes back; the next one goes back from states that were kept."""
     size, kept_rows, before, after = args.rollout_rows // args.horizon, [], [], []
-    for _ in range(args.horizon):
+    for _ in range(args.horizon):  # Eq. 2
         next_obs = starts(args.oversampling * size)
         act = torch.cat([reverse_policy.sample(chunk) for chunk in next_obs.split(args.rollout_batch_size)])
         chunks = zip(next_obs.split(args.rollout_batch_size), act.split(args.rollout_batch_size), strict=True)
@@ -855,6 +867,7 @@ class AugmentedData:
         self.normalizer, self.args, self.run, self.policies = normalizer, args, run, []
         self.goals, self.older, self.new = expert[:0], None, None
         for step, weights in run.state.get("rollout_policies", []):
+            print(f"imagining the round of update {step} again", file=sys.stderr)
             self.add(step, weights, again=True)
 
     def add(self, step, weights, again=False):
@@ -871,7 +884,8 @@ class AugmentedData:
         self.goals = torch.cat([self.goals, new])
         self.older, self.new = self.new if self.older is None else torch.cat([self.older, self.new]), rows
         if not again:
-            far = torch.cdist(rows[:: max(1, len(rows) // 2_000), : self.expert.shape[1]], self.expert).amin(1)
+            some, experts = rows[:: max(1, len(rows) // 2_000)], self.expert[:: max(1, len(self.expert) // 10_000)]
+            far = torch.cdist(some[:, : self.expert.shape[1]], experts).amin(1)
             stats |= {"model/goals": len(new), "model/log_confidence_threshold": threshold, "model/distance_to_expert": far.median()}
             self.run.log(step, stats | self.look(step))
 
@@ -958,7 +972,8 @@ def main(args):
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
             for group, part in zip(("expert", "supplementary", "imagined"), batch, strict=False):
-                metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
+                if len(part):  # --model-ratio 1: no supplementary row
+                    metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
             run.log(step, metrics | {"charts/SPS": sps})
             shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
             bar.set_postfix(shown | ({} if score is None else {"score": score}))

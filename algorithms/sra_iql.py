@@ -3,9 +3,9 @@
 There are no rewards: a few expert trajectories D^E say what is good, a large supplementary data set D^S what is possible.
 
 Papers: Shao et al. 2024, arXiv:2406.12550 (SRA); Kostrikov et al. 2021, arXiv:2110.06169 (IQL); Yu et al. 2022, arXiv:2202.01741
-(UDS: rows without a label get reward 0). Reference code: sh-jj/SRA-KDD-2024. SRA is known to us from the authors' KDD slides: lines
-are those of Algorithm 1 ("Overall Algorithm"), equations stand under "How to build Reverse Models?" and "How to generate reverse
-trajectories?". Files are the code's.
+(UDS: rows without a label get reward 0); Wang et al. 2021, arXiv:2110.00188 (ROMI: the reverse model and policy). Reference code:
+sh-jj/SRA-KDD-2024. SRA is known to us from the authors' KDD slides: lines are those of Algorithm 1 ("Overall Algorithm"), equations
+stand under "How to build Reverse Models?" and "How to generate reverse trajectories?". Files, and "the code", are the authors'.
 
   reverse model    s = T(s', a), mean of 7 networks          squared error on D^E u D^S             l. 1-3   DynamicsModel.py
   reverse policy   pi_r(a|s'): uniform, or a CVAE            variational bound on D^E u D^S         l. 4-6   ReverseBC.py
@@ -15,7 +15,7 @@ trajectories?". Files are the code's.
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)      h steps back from the goals (Eq. 2),   l. 9     ReverseAugmentation.py
                    D^R: kept with weights 1 / Conf(s)        where the policy is unsure (Eq. 5)     l. 10
   labels           reward 1 on D^E, 0 on D^S and D^R         as UDS does                            l. 11    sra_iql.py
-  learner          V: |tau - 1(u < 0)| u^2                   u = min_j Q_j(s, a) - V(s)             IQL Eq. 5     iql.py
+  learner          V: |tau - 1(u < 0)| u^2                   u = min_j Q'_j(s, a) - V(s)            IQL Eq. 5     iql.py
                    Q: (Q_j - r - gamma V(s'))^2                                                     IQL Eq. 6
                    pi: -E_DE[log pi] - alpha E[w log pi]     w = min(exp(beta u), 100)              IQL Eq. 7
 
@@ -30,19 +30,30 @@ and the rest D^S. Where slides and code disagree we follow the code. Four repair
   1. Batches are split exactly; the code loses a row to rounding (76 + 179 of 256 rows).
   2. The first round starts at confident supplementary states as well; there the code draws expert states only (a tuple slip).
   3. Mazes are augmented from the first update, every 50 000. The code's warm-up of 200 000 covers their whole run, which then
-     divides by 0 rounds; the slides show D^R after 0, 50 000, 100 000 and 150 000 updates.
+     divides by 0 rounds; its script's 20 000 from one round to the next does not fit the slides, which show D^R after 0, 50 000,
+     100 000 and 150 000 updates.
   4. The weights 1 / (Conf + 1e-5) are computed from log Conf, which overflows nowhere.
 Further differences from the code:
   5. The best epoch of each network is kept as a copy; the code keeps a reference to the live weights, so always the last epoch.
-  6. Rows before a time limit are used where their successor is recorded; the code drops the last row of every episode. Both
-     drop terminal rows: every task is treated as endless, and no rollout terminates.
+  6. Rows before a time limit are used where their successor is recorded; the code drops the last two rows of an episode that a time
+     limit ends. Both drop terminal rows: every task is treated as endless, and no rollout terminates.
   7. Start states are split exactly over a whole step of a round, not in draws of 2 000. Kept rows are drawn without
      replacement by the largest keys log w + Gumbel noise, which has the distribution of the code's draws one by one.
-  8. Given actions are clipped to 1 - 1e-6 before their density is taken, not 1 - 1e-7; the density at the mean action is exact.
+  8. Given actions are clipped to 1 - 1e-6 before their density is taken, not 1 - 1e-7. The density at the mean action is exact. The
+     code sends the mean through the clipped tanh: beyond a mean of about 8.3 its log Conf falls by hundreds to thousands, so that
+     states of saturated actions count as unsure there, and as the surest here.
   9. The number of rounds is that of the rounds that happen, where --rollout-every does not divide the updates after the warm-up.
- 10. The networks do not change when the warm-up ends; the code reseeds there, and reloads Q as its own target if it resumes.
+ 10. When the warm-up ends, only the data change. The code reseeds there; where an earlier run has left the weights of its warm-up,
+     it begins with these, with Q as its own target and a new cosine.
  11. "Earlier rounds" are earlier rounds. In the code the last one is among them (an object that is changed while shared), which
-     takes its share in round k from 0.3 to 0.3 + 0.7 / k.
+     takes its share in round k from 0.3 to 0.3 + 0.7 / k; the same slip makes new goals earlier ones among the start states.
+ 12. Differences from the slides that the code has, too: 90 % of the start states are expert states and 10 % confident ones
+     (there one set G), of which there are at most 10 for every expert state; every step is resampled, from 2 candidates a row that
+     is kept, and the next step goes back from kept ones (there once, when the trajectories are made); the model minimises a squared
+     error, not a likelihood; half of every batch is expert rows, which the policy clones. --threshold mean changes the threshold
+     and drops the cap, no more.
+ 13. IQL as the code has it: a tanh-squashed policy whose deviation depends on the state (IQL: one for all states), Adam with a
+     weight decay of 5e-3, cosine and drop of the rates, normalised states.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -128,7 +139,7 @@ class Args:
     goal_cap: int = 10  # at most so many such states for every expert state, the most confident; not with the mean
     expert_starts: float = 0.9  # share of the rollouts that start at expert states
     new_ratio: float = 0.3  # share of the last round in imagined rows and in start states that are not the expert's
-    rollout_policy_updates: int = 200_000  # of the CVAE or RBC (C_theta)
+    rollout_policy_updates: int = 200_000  # of the learnt rollout policy
     rollout_policy_batch_size: int = 256
     rollout_policy_lr: float = 1e-3
     vae_hidden: int = 750  # width of the 2 hidden layers of encoder and decoder
@@ -151,7 +162,7 @@ class Args:
 
 
 # Updates, learning rate, eta, h, reverse policy, warm-up: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (its warm-up: repair 3) and
-# sra_iql_mujoco.sh. "ours" is in neither. The longest key that the task begins with counts.
+# sra_iql_mujoco.sh (robots' *-medium only; other data of theirs: ours, the same). The longest key that the task begins with counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),  # dense rewards, here and below: ours, as sparse
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0),
@@ -193,10 +204,14 @@ def resolve(args, task):
                     raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
                 if (v > 1 and name in AT_MOST_1) or (v >= 1 and name == "expectile"):
                     raise UserError(f"{flag}: must be {'below' if name == 'expectile' else 'at most'} 1")
+    if 0 < args.cosine_updates < args.total_updates:
+        raise UserError(f"--total-updates {args.total_updates}: the policy stands still after --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
         raise UserError(f"--batch-size {args.batch_size}: must be even, half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
+    if args.model_ratio > 0 and not args.iql_weight:
+        raise UserError("--iql-weight 0: who only clones the experts has no use for imagined rows; leave --model-ratio out")
     if not args.bc_weight + args.iql_weight:
         raise UserError("--bc-weight 0 --iql-weight 0: nothing is left for the policy to learn from")
     if rounds and args.rollout_rows < args.horizon:
@@ -232,7 +247,8 @@ class Run:
             now["device"], then["device"] = self.config["device"], old["device"]
             then = {k: getattr(Args, k) for k in ADDED} | then
             differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
-            differ += ["data file"] if self.config["dataset"] != old["dataset"] else []
+            facts = [k for k, v in self.config["dataset"].items() if v != old["dataset"].get(k)]
+            differ += sorted({f"{k if k in data.more_facts else 'data'} file" for k in facts})  # also of a reference, of an expert
             if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
@@ -640,8 +656,8 @@ def unpack(rows, obs_dim, act_dim):
 
 
 def confident_states(policy, expert, supplementary, args):
-    """The goals beside the expert states: supplementary states (M, O) where the policy is as sure as on expert states (N, O),
-    and the threshold (Alg. 1, l. 8)."""
+    """The goals beside the expert states: supplementary states (M, O) where the policy is surer than on most expert states
+    (N, O), or with the mean than on average, and the threshold (Alg. 1, l. 8)."""
     on_expert, log_conf = policy.log_confidence(expert), policy.log_confidence(supplementary)
     if args.threshold == "mean":  # Eq. 4; the mean of Conf, not of its logarithm
         threshold = on_expert.logsumexp(0) - math.log(len(expert))
@@ -673,7 +689,7 @@ def augment(starts, policy, reverse_dynamics, reverse_policy, args):
     """One round of reverse rollouts (Alg. 1, l. 9, 10): rows (h (S // h), 2 O + A + 2), one step back after the other, and what to log.
     starts(n) gives the n states from which the first step goes back; the next one goes back from states that were kept."""
     size, kept_rows, before, after = args.rollout_rows // args.horizon, [], [], []
-    for _ in range(args.horizon):
+    for _ in range(args.horizon):  # Eq. 2
         next_obs = starts(args.oversampling * size)
         act = torch.cat([reverse_policy.sample(chunk) for chunk in next_obs.split(args.rollout_batch_size)])
         chunks = zip(next_obs.split(args.rollout_batch_size), act.split(args.rollout_batch_size), strict=True)
@@ -861,6 +877,7 @@ class AugmentedData:
         self.normalizer, self.args, self.run, self.policies = normalizer, args, run, []
         self.goals, self.older, self.new = expert[:0], None, None
         for step, weights in run.state.get("rollout_policies", []):
+            print(f"imagining the round of update {step} again", file=sys.stderr)
             self.add(step, weights, again=True)
 
     def add(self, step, weights, again=False):
@@ -877,7 +894,8 @@ class AugmentedData:
         self.goals = torch.cat([self.goals, new])
         self.older, self.new = self.new if self.older is None else torch.cat([self.older, self.new]), rows
         if not again:
-            far = torch.cdist(rows[:: max(1, len(rows) // 2_000), : self.expert.shape[1]], self.expert).amin(1)
+            some, experts = rows[:: max(1, len(rows) // 2_000)], self.expert[:: max(1, len(self.expert) // 10_000)]
+            far = torch.cdist(some[:, : self.expert.shape[1]], experts).amin(1)
             stats |= {"model/goals": len(new), "model/log_confidence_threshold": threshold, "model/distance_to_expert": far.median()}
             self.run.log(step, stats | self.look(step))
 
@@ -964,7 +982,8 @@ def main(args):
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
             for group, part in zip(("expert", "supplementary", "imagined"), batch, strict=False):
-                metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
+                if len(part):  # --model-ratio 1: no supplementary row
+                    metrics |= {f"q/{k}_{group}": v for k, v in agent.standing(*unpack(part, obs_dim, act_dim)[:2]).items()}
             run.log(step, metrics | {"charts/SPS": sps})
             shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
             bar.set_postfix(shown | ({} if score is None else {"score": score}))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,81 @@ def test_atac_loss_by_hand_uses_the_datas_rewards_successors_and_actions():
     agent.reference = m.Reference({"policy": m.Policy(2, 2, (8,)).state_dict()})  # ATAC against another policy
     metrics = agent.update(*rows)
     assert metrics["q/reference"] != metrics["q/data"]
+
+
+def test_armor_loss_and_its_gradients_by_hand():
+    """The adversary's whole loss (Eq. 4) against one written out: signs, means over all of D_M, what is differentiated through what."""
+    agent, rows = game()  # beta = 4, lambda = 1
+    for p in agent.target_qf.parameters():  # else they are the critics, and which of the two is asked would not matter
+        p.data.add_(0.1 * torch.randn_like(p))
+    obs, act = torch.cat([rows[0], rows[-1][:, :2]]), torch.cat([rows[1], rows[-1][:, 2:]])
+    pi_act, ref_act = 2 * torch.rand(20, 2) - 1, 2 * torch.rand(20, 2) - 1
+    torch.manual_seed(1)
+    loss, metrics = agent.adversary_loss(obs, act, pi_act, ref_act, *rows[2:6])
+    torch.manual_seed(1)
+    mean, logvar = m.gaussian(agent.dynamics, obs, act)
+    next_obs = obs + mean[:, 1:] + (0.5 * logvar[:, 1:]).exp() * torch.randn(20, 2)
+    pre_tanh, log_std = agent.policy(next_obs)
+    next_act = (pre_tanh + log_std.exp() * torch.randn(20, 2)).tanh()
+    target = mean[:, 0] + 0.99 * agent.target_qf(next_obs, next_act).amin(0)
+    fit = m.data_fit(mean[:10], logvar[:10], *(rows[i] for i in (0, 2, 3, 5)), 1.0)
+    expected = 0
+    for q in (agent.qf.q1, agent.qf.q2):
+        value = lambda s, a, q=q: q(torch.cat([s, a], -1)).squeeze(-1)  # noqa: E731
+        backup = mean[:, 0] + 0.99 * value(next_obs, next_act)
+        error = 0.5 * (value(obs, act) - backup).square().mean() + 0.5 * (value(obs, act) - target).square().mean()
+        expected += (value(obs, pi_act) - value(obs, ref_act)).mean() / 4 + error + fit
+    params = [*agent.qf.parameters(), *agent.dynamics.weight, *agent.dynamics.bias]
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(x, params, retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    q1 = agent.qf.q1(torch.cat([torch.cat([obs, obs]), torch.cat([pi_act, ref_act])], -1)).squeeze(-1)
+    assert metrics["losses/relative"].item() == pytest.approx((q1[:20].mean() - q1[20:].mean()).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha, of_q, of_entropy", [(3.0, 1 / 3, 1.0), (0.5, 1.0, 0.5)])
+def test_policies_are_paid_for_entropy(alpha, of_q, of_entropy, monkeypatch):
+    agent, rows = game()
+    obs, act = rows[0], rows[1]
+    log_prob = torch.randn(10, requires_grad=True)
+    loss = agent.policy_loss(obs, act, log_prob, torch.tensor(alpha))
+    expected = -of_q * agent.qf.q1(torch.cat([obs, act], -1)).mean() + of_entropy * log_prob.mean()
+    torch.testing.assert_close(loss, expected)
+    assert (torch.autograd.grad(loss, log_prob)[0] > 0).all()  # a less certain policy is a better one
+    seen = []
+    monkeypatch.setattr(agent, "step_alpha", lambda log_prob: torch.tensor(alpha))
+    monkeypatch.setattr(m, "descend", lambda opt, loss, inputs=None: seen.append((opt, loss)))
+    torch.manual_seed(1)
+    agent.warm_up(*rows[:5], act)
+    torch.manual_seed(1)
+    torch.randn(10, 2)  # the critics' next actions
+    mean, log_std = agent.policy(obs)
+    sampled = m.squash(mean, log_std, torch.randn(10, 2))[1].mean()
+    cloned = -m.squashed_log_prob(mean, log_std, act).mean()
+    assert seen[-1][0] is agent.policy_opt
+    torch.testing.assert_close(seen[-1][1], of_q * cloned + of_entropy * sampled)
+
+
+# --- the guard on the model ---
+
+
+def test_fit_and_shift_of_the_model_by_hand():
+    dynamics, original = m.Dynamics(2, 2, ARGS), m.Dynamics(2, 2, ARGS)
+    constant_model(dynamics, [1.0, 0.5, 0.0], 2 * math.log(0.5))
+    constant_model(original, [0.8, 0.5, 0.3], 2 * math.log(0.5))
+    with torch.no_grad():
+        for net in (dynamics, original):
+            net.max_logvar.fill_(20.0)
+    obs, act = torch.zeros(4, 2), torch.zeros(4, 2)
+    fit = m.model_fit(dynamics, obs, act, torch.tensor([1.0, 1.0, 1.0, 3.0]), torch.tensor([[0.5, 0.0]]).expand(4, 2))
+    assert fit["model/reward_error"].item() == pytest.approx(1.0, rel=1e-4)  # root of 2^2 / 4
+    assert fit["model/state_error"].item() == pytest.approx(0, abs=1e-4)
+    assert fit["model/nll"].item() == pytest.approx(2 * (math.log(0.5) + 0.5 * math.log(2 * math.pi)), rel=1e-4)
+    r = m.Rollouts(torch.tensor([[0.0, 7.0], [4.0, 7.0]]), 2, 3, never, ARGS, CPU)  # second column: constant, not divided by 0
+    r.advance(0, torch.zeros(3, 2), Slope(0.5), Slope(0.5), dynamics)
+    shift = m.model_shift(dynamics, original, r)
+    assert shift["model/reward_shift"].item() == pytest.approx(0.2, rel=1e-4)
+    assert shift["model/state_shift"].item() == pytest.approx((0.3**2 / 2) ** 0.5, rel=1e-4)
 
 
 # --- who gets which gradient ---
@@ -529,6 +605,7 @@ def test_settings():
         ("--model-ratio", "0.001"),
         ("--reference", "data"),
         ("--clone", "reference"),
+        ("--warm-start-updates", "0"),
         ("--pairs-kept", "255"),
         ("--target-weight", "1.1"),
         ("--beta", "-1"),
@@ -539,6 +616,7 @@ def test_settings():
         with pytest.raises(UserError):
             resolved(*flags)
     assert resolved("--model-buffer-size", "256").pairs_kept == 256
+    assert resolved("--warm-start-updates", "0", "--reference", "runs/x").warm_start_updates == 0
     assert resolved().clone == "data" and resolved("--reference", "runs/x").clone == "reference"
 
 
@@ -652,9 +730,23 @@ def test_atac_begins_where_armor_begins_and_is_resumed(whole, data_file, tmp_pat
     assert not any(k.startswith("model/") and k != "model/warm_start_update" for row in metrics(folder) for k in row)
 
 
-def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_path):  # noqa: F811
-    flags = ("--reference", str(whole), "--exp-name", "second", "--total-updates", "20", "--clone", "reference")
+def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_path, monkeypatch):  # noqa: F811
+    given = shutil.copytree(whole, tmp_path / "given")
+    flags = ("--reference", str(given), "--exp-name", "second", "--total-updates", "20", "--clone", "reference")
+    theirs, asked, cloned, used = torch.load(whole / "checkpoint.pt", weights_only=True)["agent"]["policy"], [], [], []
+    sample, warm_up, loss = m.Reference.sample, m.ARMOR.warm_up, m.ARMOR.adversary_loss
+
+    def spy(self, obs):
+        assert all(torch.equal(p, q) for p, q in zip(self.net.parameters(), theirs.values(), strict=True))
+        asked.append(sample(self, obs))
+        return asked[-1]
+
+    monkeypatch.setattr(m.Reference, "sample", spy)
+    monkeypatch.setattr(m.ARMOR, "warm_up", lambda self, *a: (cloned.append(a[-1] is asked[-1]), warm_up(self, *a))[1])
+    monkeypatch.setattr(m.ARMOR, "adversary_loss", lambda self, *a: (used.append(a[3] is asked[-1]), loss(self, *a))[1])
     here(data_file, tmp_path, *flags)
+    assert cloned == 30 * [True] and used == 20 * [True] and len(asked) == 30 + 2 * 20  # an update: for L, and for the rollouts
+    monkeypatch.undo()
     folder = folder_of(tmp_path, "second")
     last = [r["eval/return"] for r in metrics(whole) if "eval/return" in r][-1]
     assert [r["reference/return"] for r in metrics(folder) if "reference/return" in r] == [last]  # as that run evaluated itself
@@ -662,6 +754,10 @@ def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_pat
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(UserError, match="another --reference"):
         here(data_file, tmp_path, *flags[:1], str(other), *flags[2:])
+    state = torch.load(given / "checkpoint.pt", weights_only=True)
+    saved(given, state | {"step": 41})
+    with pytest.raises(UserError, match="another reference file;"):  # not: another data file
+        here(data_file, tmp_path, *flags)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     with pytest.raises(UserError, match="no checkpoint"):
         here(data_file, tmp_path / "none", "--reference", str(tmp_path))
@@ -687,3 +783,39 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_status_3(data_file, tmp_pat
     with pytest.raises(UserError, match="not finite at update 30") as error:
         here(data_file, tmp_path, "--model-ratio", "0", "--eval-episodes", "0")
     assert error.value.status == 3 and (folder_of(tmp_path, "atac") / "checkpoint.pt").read_bytes() == good
+
+
+def test_the_game_holds_out_what_the_fit_held_out_and_ramps_the_model(data_file, tmp_path, monkeypatch):  # noqa: F811
+    held_out, games, ramps = [], [], []
+    train, init, ramp = m.train_dynamics, m.ARMOR.__init__, m.ARMOR.ramp_model
+
+    def trained(dynamics, cond, act, rew, pred, args, run):
+        def holdout(x, members=slice(None)):
+            if not torch.is_grad_enabled():  # holdout_mse is what asks without gradients
+                held_out.append(x[0] * dynamics.std + dynamics.mean)
+            return m.Dynamics.forward(dynamics, x, members)
+
+        dynamics.forward = holdout
+        train(dynamics, cond, act, rew, pred, args, run)
+        del dynamics.forward
+
+    def made(self, *a, **k):
+        games.append(k)
+        init(self, *a, **k)
+
+    seen, update = [], m.ARMOR.update
+    monkeypatch.setattr(m, "train_dynamics", trained)
+    monkeypatch.setattr(m.ARMOR, "__init__", made)
+    monkeypatch.setattr(m.ARMOR, "ramp_model", lambda self, step: (ramps.append(step), ramp(self, step))[1])
+    monkeypatch.setattr(m.ARMOR, "update", lambda self, *a: (seen.append(a), update(self, *a))[1])
+    flags = ("--eval-episodes", "0", "--batch-size", "400", "--pairs-kept", "400")
+    here(data_file, tmp_path, "--total-updates", "20", *flags)
+    here(data_file, tmp_path, "--total-updates", "40", *flags)
+    assert ramps == list(range(40))  # a resumed run goes on with it
+    fitted = {r["model/reward_error_fitted"] for r in metrics(folder_of(tmp_path, "armor")) if "model/reward_error_fitted" in r}
+    assert fitted == {games[0]["v_max"].item()} == {games[1]["v_max"].item()}
+    held_out = {tuple(row[:1].round(decimals=3).tolist()) + tuple(row[11:].round(decimals=3).tolist()) for row in held_out[0]}
+    for obs, act, _, _, terminated, known, _ in seen[:3]:
+        rows = torch.cat([obs[:, :1], act], -1).round(decimals=3)
+        out = torch.tensor([tuple(row) in held_out for row in rows.tolist()])
+        assert torch.equal(known == 0, out | (terminated > 0)) and 0 < out.sum() < len(out)

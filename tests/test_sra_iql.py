@@ -225,6 +225,31 @@ def test_rounds_fill_the_budget_and_a_batch_mixes_old_and_new_rows_70_to_30():
     assert len(third.goals) == sum(row["model/goals"] for row in run)  # every selection stays in the start pool
 
 
+def test_a_round_starts_at_expert_states_at_goals_of_earlier_rounds_and_at_its_own(monkeypatch):
+    goals = iter([torch.full((5, 3), 10.0), torch.full((4, 3), 20.0)])
+    monkeypatch.setattr(m, "confident_states", lambda *_: (next(goals), torch.tensor(0.0)))
+    args = replace(ARGS, horizon=1, rollout_rows=1000, oversampling=1)  # every candidate is kept
+    data, seen = augmented(args, torch.full((20, 3), 1.0), torch.full((100, 3), 2.0), 1), []
+    for _ in range(2):
+        ends = m.unpack(data.new, 3, 2)[3][:, 0]
+        seen.append([(ends == x).sum().item() for x in (1, 2, 10, 20)])
+        if len(seen) < 2:
+            data.add(10, data.policies[0][1])
+    assert seen == [[900, 0, 100, 0], [900, 0, 70, 30]]
+
+
+def test_model_and_policy_learn_to_go_back_on_both_data_sets(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(m, "train_reverse_dynamics", lambda net, *x: seen.update(model=x[:3]))
+    monkeypatch.setattr(m, "train_rollout_policy", lambda net, *x: seen.update(policy=x[:2]))
+    sizes = (30, 50)
+    expert, rows = (m.pack(torch.randn(n, 3), torch.rand(n, 2), torch.zeros(n), torch.randn(n, 3), torch.zeros(n)) for n in sizes)
+    m.reverse_models(expert, rows, 3, 2, replace(ARGS, rollout_policy="cvae"), FakeRun(), "key", None)
+    obs, act, _, next_obs, _ = m.unpack(torch.cat([expert, rows]), 3, 2)
+    assert all(torch.equal(x, y) for x, y in zip(seen["model"], (obs, act, next_obs), strict=True))  # s from s' and a
+    assert all(torch.equal(x, y) for x, y in zip(seen["policy"], (next_obs, act), strict=True))  # a from s'
+
+
 def test_rounds_are_made_again_from_their_policies():
     expert, supplementary = torch.randn(20, 3), torch.randn(100, 3)
     torch.manual_seed(1)
@@ -482,7 +507,7 @@ def test_settings_of_the_tasks():
         ("maze2d-medium", 200_000, 1e-3, 0.5, 5, "uniform", 0, 100_000, 1_000_000),
         ("maze2d-large-dense", 200_000, 1e-3, 0.5, 5, "uniform", 0, 100_000, 1_000_000),
         ("hopper-medium", 500_000, 1e-4, 0.5, 5, "uniform", 200_000, 0, 666_666),  # 6 rounds
-        ("ant-medium", 500_000, 1e-4, 0.1, 1, "cvae", 200_000, 0, 666_666),
+        *((f"{robot}-medium", 500_000, 1e-4, 0.1, 1, "cvae", 200_000, 0, 666_666) for robot in ("halfcheetah", "walker2d", "ant")),
     ):
         a = resolved(env)
         assert (a.total_updates, a.learning_rate, a.model_ratio, a.horizon, a.rollout_policy) == (updates, rate, eta, h, policy)
@@ -507,6 +532,8 @@ def test_names_of_runs_without_the_model(capsys):
         (dict(threshold_quantile=1.1), "--threshold-quantile 1.1"),
         (dict(expectile=1.0), "--expectile 1.0"),
         (dict(bc_weight=0.0, iql_weight=0.0), "--bc-weight 0 --iql-weight 0"),
+        (dict(iql_weight=0.0, model_ratio=0.5), "--iql-weight 0"),
+        (dict(total_updates=500_001), "--total-updates 500001: the policy stands still"),
         (dict(model_ratio=0.001), "--model-ratio 0.001"),
         (dict(augmented_rows=10), "--rollout-rows 2"),
         (dict(expert_trajectories=0), "--expert-trajectories 0"),
@@ -756,6 +783,22 @@ def test_a_model_is_taken_from_another_run(whole, data_file, tmp_path, capsys): 
     assert_same_run_of_the_learner(whole, folder)
     with pytest.raises(UserError, match="its model has another data"):  # it has seen other demonstrations
         here(data_file, tmp_path / "other", *flags, "--expert-trajectories", "4")
+
+
+def test_rounds_after_a_warm_up_and_batches_without_supplementary_rows(data_file, tmp_path, monkeypatch):  # noqa: F811
+    asked, plain = [], m.confident_states
+    monkeypatch.setattr(m, "confident_states", lambda policy, *a: (asked.append(a[:2]), plain(policy, *a))[1])
+    flags = ("--warmup", "10", "--rollout-every", "15", "--model-ratio", "1", "--rollout-policy", "uniform", "--eval-episodes", "0")
+    rows = metrics(here(data_file, tmp_path, *flags))
+    assert [r["update"] for r in rows if "model/goals" in r] == [10, 25, 40, 55]
+    last = rows[-1]
+    assert any(k.startswith("q/") and k.endswith("_imagined") for k in last)
+    assert not any(k.endswith("_supplementary") for k in last) and all(math.isfinite(v) for r in rows for v in r.values())
+    task = parse_task("hopper-medium")
+    data = load_dataset(task, str(data_file))
+    expert = load_expert(task, str(data_file), 5, data)
+    usable = [m.transitions(d).sum().item() for d in (expert, data)]
+    assert [tuple(map(len, a)) for a in asked] == 4 * [tuple(usable)] and usable[0] < usable[1]
 
 
 def test_denormal_numbers_are_flushed(data_file, tmp_path):  # noqa: F811
