@@ -41,7 +41,7 @@ class Cell:
     flags: tuple[str, ...]
     episodes: int
     data: str  # sha256
-    experts: str  # sha256 of the demonstrations, where there are any
+    given: str  # sha256 of the demonstrations or of the reference policy, where there are any
     normalized: bool
     runs: list  # (result, evaluations as (update, score)), by seed
 
@@ -99,7 +99,7 @@ def cells_of(folders):
             result["improvement"] = ends[1] - result["reference"]
         data, flags = result["dataset"], training_flags(result.get("command"))
         source = data["source"] if data["source"] != "file" else data["id"]
-        shas = (data["sha256"][:12], data.get("expert", {"sha256": ""})["sha256"][:12])
+        shas = (data["sha256"][:12], data.get("expert", {"sha256": data.get("reference", "")})["sha256"][:12])
         key = (result["task"], source, result["algorithm"], result["updates"], flags, result["eval_episodes"], *shas, normalized)
         cells.setdefault(key, Cell(*key, [])).runs.append((result, points))
     for cell in cells.values():
@@ -200,10 +200,11 @@ def task_table(cells):
     differ = any(cell.updates != fewest for cell in cells)
     shared = [flag for flag in cells[0].flags if len(cells) > 1 and flag[:2] == "--" and all(flag in cell.flags for cell in cells)]
     referred = any("improvement" in result for cell in cells for result, _ in cell.runs)
-    several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in ("data", "experts")}
+    words = {"data": "data", "given": "experts or reference"}
+    several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in words}
     rows, alike = [], {}
     for cell in cells:
-        alike.setdefault((cell.algorithm, cell.flags, cell.episodes, cell.data, cell.experts, cell.normalized), []).append(cell)
+        alike.setdefault((cell.algorithm, cell.flags, cell.episodes, cell.data, cell.given, cell.normalized), []).append(cell)
     for group in alike.values():
         together = common_length(group)
         for cell in group + [together] * bool(together):
@@ -216,7 +217,7 @@ def task_table(cells):
             row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
             hours = statistics.median(result["wall_time_s"] for result, _ in cell.runs) / 3600
             row += ["-" if cell is together else f"{hours:.1f} h"]
-            apart = [f" ({name} {getattr(cell, name)})" for name in several if several[name] and getattr(cell, name)]
+            apart = [f" ({words[name]} {getattr(cell, name)})" for name in words if several[name] and getattr(cell, name)]
             rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
     titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
     titles += [f"at {thousands(fewest)}"] if differ else []

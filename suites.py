@@ -173,6 +173,7 @@ CASES = {
 }
 MODEL_STEPS = 200_000
 SRA_MODEL_STEPS = 77_000  # 20 epochs of a million rows
+WARM_START = 100_000  # updates of ARMOR and ATAC before the game, each about as long as one of ATAC
 
 
 # --- from rows to commands ---
@@ -294,6 +295,8 @@ def expand(name, run_dir=None, only="", seeds=(), threads=None, extra=()):
 def hours(job, ms):
     """Estimated hours of a run from milliseconds per case; None if a case of it has not been timed."""
     cases = {case: job.updates * calls for case, calls in (CASES.get(job.row) or CASES.get(job.script, {"": 0})).items()}
+    if job.script == "armor":
+        cases["atac update"] = cases.get("atac update", 0) + WARM_START
     if "--bf16" in job.command:
         cases = {f"{case}, bf16" if f"{case}, bf16" in ms else case: calls for case, calls in cases.items()}
     if job.trains_model:

@@ -117,7 +117,7 @@ class Args:
     dynamics_lr: float = 1e-3
     dynamics_batch_size: int = 256
     dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference
+    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference code
     dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
     dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
     holdout_ratio: float = 0.2  # share of the rows held out
@@ -427,7 +427,8 @@ class Reference(nn.Module):
         self.low = -20 if "head.weight" in weights else -5  # datasets/mujoco.py: another bound, and other names
         for old, new in (("body.", "net."), ("head.", "net.4.")):
             weights = {k.replace(old, new): w for k, w in weights.items()}
-        if "normalizer" in agent:  # sra_iql.py: its policy sees standardised states
+        self.bound = 9 if "normalizer" in agent else math.inf
+        if "normalizer" in agent:  # sra_iql.py: its policy sees standardised states, and its mean is clamped
             weights["net.0.weight"] = weights["net.0.weight"] / agent["normalizer"]["std"]
             weights["net.0.bias"] = weights["net.0.bias"] - weights["net.0.weight"] @ agent["normalizer"]["mean"]
         shapes = [w.shape for k, w in weights.items() if k.endswith("weight")]  # (out, in) of every layer
@@ -438,10 +439,10 @@ class Reference(nn.Module):
     def sample(self, obs):
         """obs (B, O) -> (B, A)"""
         mean, log_std = self.net(obs).chunk(2, -1)
-        return squash(mean, log_std.clamp(self.low, 2), torch.randn_like(mean))[0]
+        return squash(mean.clamp(-self.bound, self.bound), log_std.clamp(self.low, 2), torch.randn_like(mean))[0]
 
     def best(self, obs):
-        return self.net(obs).chunk(2, -1)[0].tanh()
+        return self.net(obs).chunk(2, -1)[0].clamp(-self.bound, self.bound).tanh()
 
 
 def given_reference(args, data):
@@ -525,7 +526,7 @@ class Dynamics(nn.Module):
         return cond + out[:, 1:], out[:, 0]
 
     def optimizer(self):
-        """Adam's own weight decay adds wd W to the gradient: the gradient of the reference's loss term wd/2 |W|^2."""
+        """Adam's own weight decay adds wd W to the gradient: the gradient of the loss term of that code, wd/2 |W|^2."""
         groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(self.weight, self.args.dynamics_weight_decay, strict=True)]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
         return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)

@@ -99,7 +99,7 @@ class Args:
     dynamics_lr: float = 1e-3
     dynamics_batch_size: int = 256
     dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference
+    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference code
     dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
     dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
     holdout_ratio: float = 0.2  # share of the rows held out
@@ -485,7 +485,7 @@ class Dynamics(nn.Module):
         return cond + out[:, 1:], out[:, 0]
 
     def optimizer(self):
-        """Adam's own weight decay adds wd W to the gradient: the gradient of the reference's loss term wd/2 |W|^2."""
+        """Adam's own weight decay adds wd W to the gradient: the gradient of the loss term of that code, wd/2 |W|^2."""
         groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(self.weight, self.args.dynamics_weight_decay, strict=True)]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
         return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)

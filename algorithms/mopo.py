@@ -94,7 +94,7 @@ class Args:
     dynamics_lr: float = 1e-3
     dynamics_batch_size: int = 256
     dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference
+    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference code
     dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
     dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
     holdout_ratio: float = 0.2  # share of the rows held out
@@ -478,7 +478,7 @@ class Dynamics(nn.Module):
         return cond + out[:, 1:], out[:, 0]
 
     def optimizer(self):
-        """Adam's own weight decay adds wd W to the gradient: the gradient of the reference's loss term wd/2 |W|^2."""
+        """Adam's own weight decay adds wd W to the gradient: the gradient of the loss term of that code, wd/2 |W|^2."""
         groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(self.weight, self.args.dynamics_weight_decay, strict=True)]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
         return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)
@@ -801,7 +801,7 @@ def main(args):
     args = resolve(args, task)
     device = pick_device(args.device)
     data = load_dataset(task, args.dataset)
-    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as the reference: 12 of 256
+    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as the reference code: 12 of 256
     num_model = args.batch_size - num_real
     if num_model and data.has_next.sum() < 10:
         raise UserError(f"--dataset {args.dataset}: too few transitions with a known successor to train a model")

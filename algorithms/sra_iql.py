@@ -117,7 +117,7 @@ class Args:
     ensemble_size: int = 7  # members of the model
     dynamics_layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--dynamics-hidden"])] = (1024, 1024)  # widths
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers; their weights, first and last layer and loss stay float32
-    dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as the reference
+    dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as the reference code
     dynamics_learning_rate: float | None = None  # None: 1e-4 (sgd), 1e-3 (adam)
     dynamics_clip: float = 1.0  # largest norm of a member's gradient
     dynamics_batch_size: int = 256
@@ -513,7 +513,7 @@ class ReverseDynamics(nn.Module):
         super().__init__()
         self.args, sizes = args, (obs_dim + act_dim, *args.dynamics_layers, obs_dim)
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
-        for n, m in zip(sizes, sizes[1:], strict=False):  # PyTorch's default initialisation, as the reference
+        for n, m in zip(sizes, sizes[1:], strict=False):  # PyTorch's default initialisation, as the reference code
             self.weight.append(torch.empty(args.ensemble_size, n, m).uniform_(-(n**-0.5), n**-0.5))
             self.bias.append(torch.empty(args.ensemble_size, 1, m).uniform_(-(n**-0.5), n**-0.5))
 

@@ -563,11 +563,19 @@ def test_the_data_collectors_sac_is_a_reference(tmp_path, collector):
 
 
 def test_a_policy_of_standardised_states_is_a_reference(tmp_path):
-    policy, mean, std = m.Policy(2, 2, (8, 8)), torch.tensor([3.0, -1.0]), torch.tensor([0.1, 5.0])  # as sra_iql.py stores them
+    import sra_iql
+
+    policy, mean, std = sra_iql.ClampedPolicy(2, 2, (8, 8)), torch.tensor([3.0, -1.0]), torch.tensor([0.1, 5.0])
+    policy.net[-1].weight.data.mul_(50)
     path = saved(tmp_path, {"phase": "policy", "agent": {"normalizer": {"mean": mean, "std": std}, "policy": policy.state_dict()}})
     obs = mean + std * torch.randn(100, 2)
-    expected = policy((obs - mean) / std)[0].tanh()
-    torch.testing.assert_close(m.given_reference(replace(ARGS, reference=path), data()).best(obs), expected, atol=1e-4, rtol=1e-4)
+    reference, (center, log_std) = m.given_reference(replace(ARGS, reference=path), data()), policy((obs - mean) / std)
+    torch.testing.assert_close(reference.best(obs), center.tanh(), atol=1e-4, rtol=1e-4)
+    assert (center == 9).any() and (log_std == 2).any()
+    torch.manual_seed(1)
+    sample = reference.sample(obs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(sample, (center + log_std.exp() * torch.randn(100, 2)).tanh(), atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_no_reference_is_refused(tmp_path):

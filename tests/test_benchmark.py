@@ -203,6 +203,7 @@ OTHERS = [
     {"source": "bundled"}, {"scores": [2.0, 2.0]}, {"flags": ["--gamma", "0.9"]}, {"eval_episodes": 20}, {"task": "hopper-expert-v2"},
     {"dataset": {"id": "x", "source": "d4rl", "sha256": "cd" * 32, "transitions": 1}}, {"command": None},
     {"dataset": {"id": "x", "source": "d4rl", "sha256": "ab" * 32, "transitions": 1, "expert": {"sha256": "ef" * 32}}},
+    {"dataset": {"id": "x", "source": "d4rl", "sha256": "ab" * 32, "transitions": 1, "reference": "ef" * 32}},
 ]  # fmt: skip
 
 
@@ -413,6 +414,9 @@ def test_hours_by_hand():
     assert suites.hours(replace(job, trains_model=False), ms) == pytest.approx(1.5)
     assert suites.hours(replace(job, command=["--bf16"], trains_model=False), ms | {"mopo update, bf16": 1.8}) == pytest.approx(1.0)
     assert suites.hours(job, {"mopo update": 3.6}) is None
+    armor, ms = replace(job, row="armor", script="armor", trains_model=False), {"armor update": 7.2, "atac update": 3.6}
+    assert suites.hours(armor, ms) == pytest.approx(job.updates * 7.2 / 3.6e6 + 0.1)  # the warm start is 100 000 updates of ATAC
+    assert suites.hours(replace(armor, row="atac"), ms) == pytest.approx(job.updates * 3.6 / 3.6e6 + 0.1)
     timed = (ROOT / "benchmark.py").read_text()
     named = {case for cases in suites.CASES.values() for case in cases} - {"bc update"}  # cloning is not timed
     assert all(f'"{case}' in timed for case in named)
