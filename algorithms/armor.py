@@ -54,7 +54,8 @@ What the poster leaves open, and what is done here. "unverified": said to be the
  10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals. What is
      logged as the reference is the clone.
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
- 12. J(pi) and J(pi_ref) are returns of mean actions in the same episodes; the game is played on sampled actions.
+ 12. J(pi) and J(pi_ref) are returns of mean actions in the same episodes, as they are and discounted; the game is about discounted
+     ones, and is played on sampled actions.
 """
 
 import ctypes
@@ -1005,9 +1006,11 @@ def main(args):
         warm_start(agent, rows, reference, args, run)
     reference = reference or Reference({"policy": run.state["clone"]}).to(device)
     agent.reference = None if args.reference == "data" else reference
-    if args.eval_episodes and "reference_return" not in run.state:  # J(pi_ref) in the episodes of every evaluation
-        returns, _ = evaluate(envs, lambda obs: reference.best(obs.to(device)).cpu(), 1000 * args.seed + 100)
-        run.state["reference_return"] = returns.mean().item()
+    if args.eval_episodes and "reference_discounted" not in run.state:  # J(pi_ref) in the episodes of every evaluation
+        rewards = []
+        returns, _ = evaluate(envs, lambda obs: reference.best(obs.to(device)).cpu(), 1000 * args.seed + 100, rewards=rewards)
+        discounted = float(np.mean([r @ args.gamma ** np.arange(len(r)) for r in rewards]))
+        run.state |= {"reference_return": returns.mean().item(), "reference_discounted": discounted}
     torch.manual_seed(4 * args.seed + 3)
     rollouts, step = Rollouts(data.obs, act_dim, num_real, agent.terminates, args, device) if num_model else None, run.state["step"]
     if step:
@@ -1042,9 +1045,10 @@ def main(args):
             bar.set_postfix(shown | ({} if score is None else {"score": score}))
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
             score = round(run.evaluate(step, envs, agent.act), 1)
-            ref, gap = run.state["reference_return"], run.evals[-1]["return"] - run.state["reference_return"]
-            ref = {"return": ref, "normalized_score": normalized_score(task, ref), "improvement": gap}  # beside eval/return
-            run.log(step, {f"reference/{k}": v for k, v in ref.items()})
+            full, discounted, now = run.state["reference_return"], run.state["reference_discounted"], run.evals[-1]
+            ref = {"return": full, "normalized_score": normalized_score(task, full), "discounted_return": discounted}
+            ref |= {"improvement": now["return"] - full, "discounted_improvement": now["discounted_return"] - discounted}
+            run.log(step, {f"reference/{k}": v for k, v in ref.items()})  # beside eval/return
         if save:
             model = dynamics.parameters() if num_model else ()
             if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters(), *model)):

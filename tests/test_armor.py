@@ -673,6 +673,8 @@ def test_a_run_compares_the_policy_with_its_reference(whole):
     assert gaps[0]["reference/return"] == gaps[1]["reference/return"]
     for e, g in zip(evals, gaps, strict=True):
         assert g["reference/improvement"] == pytest.approx(e["eval/return"] - g["reference/return"])
+        gap = e["eval/discounted_return"] - g["reference/discounted_return"]
+        assert g["reference/discounted_improvement"] == pytest.approx(gap) and g["reference/discounted_return"] < g["reference/return"]
     losses = [r for r in rows if "losses/policy" in r]
     assert [r["update"] for r in losses] == [10, 20, 30, 40]
     guard = {"losses/adversary", "losses/data_fit", "losses/bellman", "losses/relative", "q/weight_norm", "q/policy", "q/reference"}
@@ -756,8 +758,9 @@ def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_pat
     assert cloned == 30 * [True] and used == 20 * [True] and len(asked) == 30 + 2 * 20  # an update: for L, and for the rollouts
     monkeypatch.undo()
     folder = folder_of(tmp_path, "second")
-    last = [r["eval/return"] for r in metrics(whole) if "eval/return" in r][-1]
-    assert [r["reference/return"] for r in metrics(folder) if "reference/return" in r] == [last]  # as that run evaluated itself
+    for k in ("return", "discounted_return"):  # as that run evaluated itself
+        last = [r[f"eval/{k}"] for r in metrics(whole) if f"eval/{k}" in r][-1]
+        assert [r[f"reference/{k}"] for r in metrics(folder) if f"reference/{k}" in r] == [last]
     other = folder_of(tmp_path, "second") / "checkpoint.pt"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(UserError, match="another --reference"):
