@@ -97,6 +97,7 @@ def cells_of(folders):
         if references:  # ARMOR's, whose promise is an improvement on it
             result["reference"] = references[-1]["reference/normalized_score" if normalized else "reference/return"]
             result["improvement"] = ends[1] - result["reference"]
+            result["discounted_improvement"] = references[-1].get("reference/discounted_improvement")  # None: of an older run
         data, flags = result["dataset"], training_flags(result.get("command"))
         source = data["source"] if data["source"] != "file" else data["id"]
         shas = (data["sha256"][:12], data.get("expert", {"sha256": data.get("reference", "")})["sha256"][:12])
@@ -166,6 +167,15 @@ def mean_interval(values):
     return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
 
 
+GAINS = ["over its reference [95 %]", "in discounted return [95 %]"]
+
+
+def gain_cells(results):
+    """What ARMOR's runs gain over their reference: in the table's unit, and in discounted return where it was recorded."""
+    discounted = [result["discounted_improvement"] for result in results]
+    return [mean_interval([result["improvement"] for result in results]), mean_interval(discounted if None not in discounted else [])]
+
+
 def iqm(strata, resamples=10_000):
     """Interquartile mean of all values, and its 95 % interval by the stratified bootstrap: seeds are drawn anew within each
     task (Agarwal et al. 2021, arXiv:2108.13264)."""
@@ -212,8 +222,8 @@ def task_table(cells):
             row = [cell.algorithm, "after " * (cell is together) + thousands(cell.updates)]
             row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last), iqm_cell([cell.last]), spread(tails)]
             row += [spread([dict(points)[fewest] for _, points in cell.runs if fewest in dict(points)])] if differ else []
-            gains = [result["improvement"] for result, _ in cell.runs if "improvement" in result and cell is not together]
-            row += [mean_interval(gains)] if referred else []
+            gains = [result for result, _ in cell.runs if "improvement" in result and cell is not together]
+            row += gain_cells(gains) if referred else []
             row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
             hours = statistics.median(result["wall_time_s"] for result, _ in cell.runs) / 3600
             row += ["-" if cell is together else f"{hours:.1f} h"]
@@ -221,7 +231,7 @@ def task_table(cells):
             rows.append([*row, code(tuple(flag for flag in cell.flags if flag not in shared)) + "".join(apart)])
     titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
     titles += [f"at {thousands(fewest)}"] if differ else []
-    titles += ["over its reference [95 %]"] if referred else []
+    titles += GAINS if referred else []
     unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"
     episodes = " or ".join(str(n) for n in sorted({cell.episodes for cell in cells}))
     legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds. Data: {cells[0].source}"
@@ -235,12 +245,12 @@ def reference_table(cells):
     """ARMOR beside reference policies that are other runs."""
     rows = []
     for cell in sorted(cells, key=lambda cell: (np.mean([result["reference"] for result, _ in cell.runs]), cell.reference, cell.beta)):
-        own, gains = ([result[k] for result, _ in cell.runs] for k in ("reference", "improvement"))
+        gains, own = ([result for result, _ in cell.runs], [result["reference"] for result, _ in cell.runs])
         row = [cell.algorithm, f"`{cell.reference}`", spread(own), f"{cell.beta:g}", thousands(cell.updates)]
         row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last)]
-        rows.append([*row, mean_interval(gains), code(cell.besides)])
+        rows.append([*row, *gain_cells(gains), code(cell.besides)])
     titles = ["algorithm", "reference policy", "its score", "beta", "updates", "seeds", "last evaluation"]
-    return markdown([*titles, "over its reference [95 %]", "flags"], rows)
+    return markdown([*titles, *GAINS, "flags"], rows)
 
 
 def quotation(entry):

@@ -106,6 +106,7 @@ def test_collected_runs_bring_their_improvement_over_a_reference(tmp_path):
     for seed, (last, reference) in enumerate(((20.0, 10.0), (30.0, 18.0), (40.0, 20.0))):
         folder = made_up(tmp_path / "runs", "armor", seed, [15.0, last])
         ref = [{"update": u, "reference/return": 100.0, "reference/normalized_score": reference} for u in (1000, 2000)]
+        ref[1]["reference/discounted_improvement"] = 1.0 + seed
         lines = [*(folder / "evals.jsonl").read_text().splitlines(), json.dumps({"update": 5, "losses/critic": 1.0}), *map(json.dumps, ref)]
         (folder / "evals.jsonl").unlink()
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -117,6 +118,7 @@ def test_collected_runs_bring_their_improvement_over_a_reference(tmp_path):
     cql, armor = rows_of(tables(tmp_path / "results")["hopper-medium-v2__d4rl"])
     # 10, 12, 20: mean 14, standard deviation 5.29, t(2 degrees) = 4.303, 14 +- 13.1
     assert armor["over its reference [95 %]"] == "14.0 [0.9, 27.1]" and cql["over its reference [95 %]"] == "-"
+    assert armor["in discounted return [95 %]"] == "2.0 [-0.5, 4.5]" and cql["in discounted return [95 %]"] == "-"  # 1, 2, 3; 4.303 / 3^.5
 
 
 def test_collect_replaces_a_result_by_the_same_run_only(tmp_path, capsys):
@@ -167,6 +169,7 @@ def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tm
     assert bad["reference policy"] == other["reference policy"] == "`runs/bad`" and other["beta"] == "2"
     assert bad["beta"] == "16" == f"{armor.Args.bellman_weight:g}" and bad["algorithm"] == "armor"
     assert bad["flags"] == "`--gamma 0.9`" and bad["over its reference [95 %]"] == "2.0"
+    assert bad["in discounted return [95 %]"] == "-"  # of a run from before it was recorded
     assert (
         good["its score"] == "40.0 ± 0.0" and good["last evaluation"] == "30.5 ± 0.7" and good["over its reference [95 %]"] == "-9.5 ± 0.7"
     )
