@@ -338,6 +338,15 @@ def test_each_member_ends_with_a_copy_of_its_own_best_epoch():
     assert not dynamics.weight[0][1].equal(seen[1][0][1])
 
 
+def test_each_member_sees_the_rows_in_an_order_of_its_own():
+    args = replace(ARGS, dynamics_epochs=1, dynamics_batch_size=200)
+    dynamics = m.ReverseDynamics(2, 1, args)
+    for p in dynamics.parameters():
+        p.data[:] = p.data[:1]  # members that differ in nothing else
+    m.train_reverse_dynamics(dynamics, *linear_system(), args, FakeRun())
+    assert all(not dynamics.weight[0][i].equal(dynamics.weight[0][j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_gradients_are_clipped_member_by_member():
     parameters = [torch.zeros(2, 1, 2), torch.zeros(2, 1, 1)]
     parameters[0].grad, parameters[1].grad = torch.tensor([[[3.0, 0.0]], [[0.3, 0.0]]]), torch.tensor([[[4.0]], [[0.4]]])
