@@ -519,7 +519,7 @@ class Dynamics(nn.Module):
         return cond + out[:, 1:], out[:, 0]
 
     def optimizer(self):
-        """Adam's own weight decay adds wd W to the gradient: the gradient of the loss term of that code, wd/2 |W|^2."""
+        """Adam's own weight decay adds wd W to the gradient: that of the loss term wd/2 |W|^2 in mopo."""
         groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(self.weight, self.args.dynamics_weight_decay, strict=True)]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
         return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)
