@@ -28,6 +28,7 @@ ARMOR_BETA = 16.0  # default of algorithms/armor.py
 # Flags that change neither training nor evaluation, or stand in a column of their own.
 UNSEEN = {"env", "env-id", "exp-name", "seed", "dataset", "total-updates", "run-dir", "checkpoint-every", "log-every", "num-threads"}
 UNSEEN |= {"track", "no-track", "device", "dynamics-from", "wandb-project-name", "wandb-entity", "wandb-group", "expert-dataset"}
+IMITATION = "__imitation"  # ends the source of runs that get demonstrations and no rewards: they have tables of their own
 
 
 @dataclass
@@ -99,7 +100,7 @@ def cells_of(folders):
             result["improvement"] = ends[1] - result["reference"]
             result["discounted_improvement"] = references[-1].get("reference/discounted_improvement")  # None: of an older run
         data, flags = result["dataset"], training_flags(result.get("command"))
-        source = data["source"] if data["source"] != "file" else data["id"]
+        source = (data["source"] if data["source"] != "file" else data["id"]) + IMITATION * ("expert" in data)
         shas = (data["sha256"][:12], data.get("expert", {"sha256": data.get("reference", "")})["sha256"][:12])
         key = (result["task"], source, result["algorithm"], result["updates"], flags, result["eval_episodes"], *shas, normalized)
         cells.setdefault(key, Cell(*key, [])).runs.append((result, points))
@@ -200,6 +201,11 @@ def thousands(n):
     return f"{n:,}".replace(",", " ")
 
 
+def in_words(source):
+    name = source.removesuffix(IMITATION)
+    return f"{name} data" + " without rewards, beside demonstrations" * (name != source)
+
+
 def code(flags):
     return " ".join(flags) if flags == ("not recorded",) else f"`{' '.join(flags)}`" if flags else "-"
 
@@ -234,7 +240,7 @@ def task_table(cells):
     titles += GAINS if referred else []
     unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"
     episodes = " or ".join(str(n) for n in sorted({cell.episodes for cell in cells}))
-    legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds. Data: {cells[0].source}"
+    legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds, on {in_words(cells[0].source)}"
     if not several["data"]:
         legend += f", {thousands(cells[0].runs[0][0]['dataset']['transitions'])} transitions, sha256 {cells[0].data}"
     legend += f". Flags of all: {code(shared)}" if shared else ""
@@ -423,7 +429,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             axes.plot(x, y.mean(0), marker="o", markersize=3, linewidth=1.5, label=label, **style)
             axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
         unit = "normalized score" if group and group[0].normalized else "return"
-        axes.set(title=f"{task} ({source} data)", xlabel="gradient updates", ylabel=unit)
+        axes.set(title=f"{task} ({in_words(source)})", xlabel="gradient updates", ylabel=unit)
         axes.grid(alpha=0.3)
         figure.legend(fontsize=8, title="line: mean over seeds\nband: smallest to largest", title_fontsize=8, loc="outside right upper")
         save(figure, f"{task.replace('/', '-')}__{source}")
@@ -473,7 +479,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             diamonds += [(x, found[0]["mean"]) for x, cell in where if (found := published(cell.task, name, True))]
         if diamonds:
             axes.plot(*zip(*diamonds, strict=True), "kD", markersize=5, label="published, D4RL's data")
-        axes.set(title=f"last evaluation ({source} data)", ylabel="normalized score", xticks=range(len(tasks)), xticklabels=tasks)
+        axes.set(title=f"last evaluation ({in_words(source)})", ylabel="normalized score", xticks=range(len(tasks)), xticklabels=tasks)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         figure.legend(fontsize=8, title="mean and standard deviation over seeds", title_fontsize=8, loc="outside right upper")

@@ -91,6 +91,7 @@ SMOKE = Suite(
 
 # What two cores can do in about a day, two runs at a time: fewer updates than the papers', everything else theirs.
 WARMUP, HALF = "--bf16 --bc-warmup 10000", "--bf16 --dynamics-bf16"  # warm-up: 40 000 by default, of a million updates
+SOON = "--dynamics-optimizer adam --dynamics-max-epochs 3"  # plain SGD needs more of a day than there is
 LAPTOP = Suite(
     flags="--num-threads 1",
     data={"hopper-medium-replay": "bundled", "maze2d-umaze": "generated"},
@@ -108,11 +109,11 @@ LAPTOP = Suite(
         Row("bcq", "romi_bcq", MAZE, "--total-updates 100000 --bf16 --model-ratio 0"),
         Row("fomi_bcq", "fomi_bcq", MAZE, "--total-updates 100000 --bf16 --dynamics-max-epochs 25"),
         Row("romi_bcq", "romi_bcq", MAZE, "--total-updates 100000 --bf16 --dynamics-max-epochs 25"),
-        Row("bc_expert", "sra_iql", MAZE, "--total-updates 60000 --bf16 --iql-weight 0"),
-        Row("uds_iql", "sra_iql", MAZE, "--total-updates 60000 --bf16 --model-ratio 0"),
-        Row("sra_iql", "sra_iql", MAZE, f"--total-updates 60000 {HALF} --rollout-every 20000", seeds=(0,)),
-        *(Row(f"uds_{x}", f"sra_{x}", MAZE, "--total-updates 60000 --bf16 --model-ratio 0", seeds=(0,)) for x in LEARNERS),
-        *(Row(f"sra_{x}", f"sra_{x}", MAZE, f"--total-updates 60000 {HALF} --rollout-every 20000", "sra_iql", (0,)) for x in LEARNERS),
+        Row("bc_expert", "sra_iql", MAZE, "--total-updates 200000 --bf16 --iql-weight 0"),
+        Row("uds_iql", "sra_iql", MAZE, "--total-updates 200000 --bf16 --model-ratio 0"),
+        Row("sra_iql", "sra_iql", MAZE, f"--total-updates 200000 {HALF} {SOON}"),
+        *(Row(f"uds_{x}", f"sra_{x}", MAZE, "--total-updates 100000 --bf16 --model-ratio 0", seeds=(0,)) for x in LEARNERS),
+        *(Row(f"sra_{x}", f"sra_{x}", MAZE, f"--total-updates 100000 {HALF} {SOON}", "sra_iql", (0,)) for x in LEARNERS),
     ],
 )
 
@@ -172,7 +173,7 @@ CASES = {
     "bc_expert": {"bc update": 1},
 }
 MODEL_STEPS = 200_000
-SRA_MODEL_STEPS = 77_000  # 20 epochs of a million rows
+SRA_EPOCH = 3_900  # steps of SRA's model over a million rows; 20 epochs by default
 WARM_START = 100_000  # updates of ARMOR and ATAC before the game, each about as long as one of ATAC
 
 
@@ -300,7 +301,10 @@ def hours(job, ms):
     if "--bf16" in job.command:
         cases = {f"{case}, bf16" if f"{case}, bf16" in ms else case: calls for case, calls in cases.items()}
     if job.trains_model:
-        step, steps = ("sra model step", SRA_MODEL_STEPS) if job.script.startswith("sra_") else ("dynamics step", MODEL_STEPS)
+        step, steps = "dynamics step", MODEL_STEPS
+        if job.script.startswith("sra_"):
+            epochs = parse_flags(job.command[2:]).get("dynamics-max-epochs", [20])
+            step, steps = "sra model step", SRA_EPOCH * int(epochs[0])
         half = f"{step}, bf16"
         cases[half if "--dynamics-bf16" in job.command and half in ms else step] = steps
     return sum(ms[case] * calls for case, calls in cases.items()) / 3.6e6 if cases.keys() <= ms.keys() else None

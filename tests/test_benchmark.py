@@ -246,6 +246,20 @@ def test_tasks_without_reference_show_returns(tmp_path):
     assert rows_of(text)[0]["published"] == "4016.6 ± 144.0 (MOPO-slides-OOD)"
 
 
+def test_imitation_has_a_table_and_a_picture_of_its_own(tmp_path):
+    data = {"id": "x", "source": "generated", "sha256": "ab" * 32, "transitions": 5000}
+    made_up(tmp_path, "bcq", 0, [1.0], task="maze2d-umaze-v1", dataset=data)
+    made_up(tmp_path, "sra_iql", 0, [2.0], task="maze2d-umaze-v1", dataset=data | {"expert": {"sha256": "ef" * 32}})
+    made = tables(tmp_path)
+    texts = made["maze2d-umaze-v1__generated"], made["maze2d-umaze-v1__generated__imitation"]
+    assert [[row["algorithm"] for row in rows_of(text)] for text in texts] == [["bcq"], ["sra_iql"]]
+    assert [rows_of(text)[0]["published"] for text in texts] == ["41.1 ± 7.6 (ROMI-T3)", "155.0 ± 6.2 (SRA-main)"]
+    assert ["on generated data, 5 000 transitions" in text for text in texts] == [True, False]
+    assert "on generated data without rewards, beside demonstrations, 5 000 transitions" in texts[1]
+    report.plot(tmp_path, tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "maze2d-umaze-v1__generated__imitation.png").exists()
+
+
 def test_aggregate_over_tasks(tmp_path):
     scores = {"hopper-medium-v2": (1.0, 2.0, 3.0), "walker2d-medium-v2": (10.0, 20.0, 60.0)}
     for task, lasts in scores.items():
@@ -420,6 +434,10 @@ def test_hours_by_hand():
     armor, ms = replace(job, row="armor", script="armor", trains_model=False), {"armor update": 7.2, "atac update": 3.6}
     assert suites.hours(armor, ms) == pytest.approx(job.updates * 7.2 / 3.6e6 + 0.1)  # the warm start is 100 000 updates of ATAC
     assert suites.hours(replace(armor, row="atac"), ms) == pytest.approx(job.updates * 3.6 / 3.6e6 + 0.1)
+    sra = replace(job, row="sra_iql", script="sra_iql", command=["python", "x.py", "--dynamics-max-epochs", "3"])
+    ms = {"iql update, 512 rows": 7.2, "sra model step": 3.6}
+    assert suites.hours(sra, ms) == pytest.approx(2.0 + 3 * 3900 / 1e6)  # updates, three epochs of a million rows
+    assert suites.hours(replace(sra, command=sra.command[:2]), ms) == pytest.approx(2.0 + 20 * 3900 / 1e6)
     timed = (ROOT / "benchmark.py").read_text()
     named = {case for cases in suites.CASES.values() for case in cases} - {"bc update"}  # cloning is not timed
     assert all(f'"{case}' in timed for case in named)
