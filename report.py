@@ -27,7 +27,8 @@ ARMOR_BETA = 16.0  # default of algorithms/armor.py
 
 # Flags that change neither training nor evaluation, or stand in a column of their own.
 UNSEEN = {"env", "env-id", "exp-name", "seed", "dataset", "total-updates", "run-dir", "checkpoint-every", "log-every", "num-threads"}
-UNSEEN |= {"track", "no-track", "device", "dynamics-from", "wandb-project-name", "wandb-entity", "wandb-group", "expert-dataset"}
+UNSEEN |= {"track", "no-track", "device", "dynamics-from", "warm-start-from", "expert-dataset"}
+UNSEEN |= {"wandb-project-name", "wandb-entity", "wandb-group"}
 IMITATION = "__imitation"  # ends the source of runs that get demonstrations and no rewards: they have tables of their own
 
 

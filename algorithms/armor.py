@@ -58,6 +58,7 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      ones, and is played on sampled actions.
 """
 
+import copy
 import ctypes
 import json
 import math
@@ -134,6 +135,7 @@ class Args:
     # --- learner ---
     reference: str | None = None  # pi_ref: bc (clone of the data), data (its actions; no model), or a run's folder; None: bc, for atac data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
+    warm_start_from: str | None = None  # folder of another run whose warm start is taken: same data, seed and settings, so the same one
     clone: Literal["data", "reference"] | None = None  # whose actions the warm start clones; None: a given reference's, else the data's
     model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
     batch_size: int = 256  # real and imagined rows together
@@ -154,6 +156,7 @@ class Args:
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
+BOOKKEEPING |= {"warm_start_from"}
 ADDED = {"bf16", "dynamics_bf16"}  # flags younger than the first runs: one that was begun without them goes on with the default
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "gamma", "dynamics_weight_decay", "dynamics_patience", "rollout_margin"}
 MAY_BE_ZERO |= {"bellman_weight", "fit_weight", "target_weight", "warm_start_updates"}
@@ -810,6 +813,16 @@ class ARMOR:
         self.policy_opt = torch.optim.Adam(self.policy.parameters(), lr=policy_lr, **self.adam)
         self.alpha_opt = torch.optim.Adam(self.log_alpha.parameters(), lr=self.args.fast_lr, **self.adam)
 
+    def warm_start_state(self):
+        """What the game goes on with: networks, and the critics' part of the optimiser (that of M has not begun)."""
+        state = {k: getattr(self, k).state_dict() for k in ("policy", "qf", "target_qf")}
+        return copy.deepcopy(state | {"critics_adam": self.adversary_opt.state_dict()["state"]})
+
+    def load_warm_start(self, state):
+        for k in ("policy", "qf", "target_qf"):
+            getattr(self, k).load_state_dict(state[k])
+        self.adversary_opt.load_state_dict(self.adversary_opt.state_dict() | {"state": state["critics_adam"]})
+
     def begin_game(self):
         """From the warm start to the game: slow policy, temperature 1; the critics' part of the optimiser goes on."""
         nn.init.zeros_(self.log_alpha["sac"])
@@ -918,10 +931,36 @@ class ARMOR:
             getattr(self, k).load_state_dict(state[k])
 
 
-def warm_start(agent, rows, reference, args, run):
-    """The policy becomes a clone of the data or of the given reference, the critics learn its values."""
+def warm_start_key(args, data):
+    """Everything that decides a warm start, which is the same with a model and without."""
+    decisive = ("seed", "bf16", "warm_start_updates", "clone", "batch_size", "hidden", "gamma", "tau", "fast_lr", "target_entropy")
+    decisive += ("target_weight", "clip_v", "weight_norm")
+    cloned = data.more_facts["reference"] if args.clone == "reference" else None
+    return json.loads(json.dumps({k: getattr(args, k) for k in decisive} | {"data": data.sha256, "cloned": cloned}))
+
+
+def warm_start_of_another_run(args, key):
+    """Policy and critics as the run in --warm-start-from had them before its game: making them here again would take 100 000 updates
+    and, on the same device with as many threads, give the same bits."""
+    flag, path = f"--warm-start-from {args.warm_start_from}:", Path(args.warm_start_from) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{flag} no checkpoint.pt there (a run that is past its warm start goes on without the flag)")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if "warm_start_key" not in state:
+        raise UserError(f"{flag} its warm start is not over")
+    theirs = state["warm_start_key"]
+    if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
+        raise UserError(f"{flag} its warm start has another {', '.join(differ)}")
+    return state["warm_start"]
+
+
+def warm_start(agent, rows, reference, args, run, key, taken):
+    """The policy becomes a clone of the data or of the given reference, the critics learn its values; or it is `taken` over."""
     sizes, step = (agent.policy.net[0].in_features, agent.policy.net[-1].out_features // 2), 0
-    if run.state.get("phase") == "warm_start":
+    if taken:
+        agent.load_warm_start(taken)
+        step = args.warm_start_updates
+    elif run.state.get("phase") == "warm_start":
         agent.load_state_dict(run.state["agent"])
         step = run.state["step"]
         run.restore_rng()
@@ -937,8 +976,9 @@ def warm_start(agent, rows, reference, args, run):
         if step % args.checkpoint_every == 0:
             run.save("warm_start", step, agent=agent.state_dict())
     bar.close()
+    kept = agent.warm_start_state()
     agent.begin_game()
-    run.save("policy", 0, agent=agent.state_dict(), clone={k: v.clone() for k, v in agent.policy.state_dict().items()})
+    run.save("policy", 0, agent=agent.state_dict(), clone=kept["policy"], warm_start=kept, warm_start_key=key)
 
 
 # --- main ---
@@ -971,6 +1011,8 @@ def main(args):
     key = model_key("forward", args, data) | {"ensemble_size": 1, "num_elites": 1}
     given = model_of_another_run(args, key) if args.dynamics_from and num_model else None
     reference = None if args.reference in ("bc", "data") else given_reference(args, data).to(device)
+    warm_key = warm_start_key(args, data)
+    warm_given = warm_start_of_another_run(args, warm_key) if args.warm_start_from else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     run = Run(args, task, data, device)
     if run.finished:
@@ -1003,7 +1045,7 @@ def main(args):
     if "clone" in run.state:
         agent.load_state_dict(run.state["agent"])
     else:
-        warm_start(agent, rows, reference, args, run)
+        warm_start(agent, rows, reference, args, run, warm_key, warm_given)
     reference = reference or Reference({"policy": run.state["clone"]}).to(device)
     agent.reference = None if args.reference == "data" else reference
     if args.eval_episodes and "reference_discounted" not in run.state:  # J(pi_ref) in the episodes of every evaluation

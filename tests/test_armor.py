@@ -786,6 +786,36 @@ def test_a_model_of_another_run_must_be_the_same_single_model(whole, data_file, 
         here(data_file, tmp_path / "none", "--dynamics-from", saved(tmp_path / "mopo", state))
 
 
+def test_a_warm_start_of_another_run_is_the_same_as_ones_own(whole, data_file, tmp_path, monkeypatch):  # noqa: F811
+    own = {}
+    for name, flags in {"atac": ("--model-ratio", "0"), "strong": ("--beta", "2", "--lambda", "9")}.items():
+        here(data_file, tmp_path, *flags, "--exp-name", name, "--total-updates", "20", "--eval-episodes", "0")
+        own[name] = (*flags, "--exp-name", f"{name}_taken", "--total-updates", "20", "--eval-episodes", "0")
+    assert metrics(folder_of(tmp_path, "strong"))[-1] != metrics(whole)[-2]
+    monkeypatch.setattr(m.ARMOR, "warm_up", None)  # nothing is trained before the game
+    for name, flags in own.items():
+        here(data_file, tmp_path, *flags, "--warm-start-from", str(whole))
+        x, y = (torch.load(folder_of(tmp_path, n) / "checkpoint.pt", weights_only=True) for n in (name, f"{name}_taken"))
+        assert x["warm_start_key"] == y["warm_start_key"] and x["rng"][0].equal(y["rng"][0])
+        for net in ("policy", "qf", "target_qf", "log_alpha"):
+            assert all(torch.equal(v, y["agent"][net][k]) for k, v in x["agent"][net].items())
+        assert all(torch.equal(v, y["clone"][k]) for k, v in x["clone"].items())
+        for i, adam in x["agent"]["adversary_opt"]["state"].items():
+            assert all(torch.equal(v, y["agent"]["adversary_opt"]["state"][i][k]) for k, v in adam.items())
+        assert x["agent"]["adversary_opt"]["param_groups"] == y["agent"]["adversary_opt"]["param_groups"]
+    chain = ("--warm-start-from", str(folder_of(tmp_path, "atac_taken")), "--exp-name", "chain", "--eval-episodes", "0")
+    here(data_file, tmp_path, *chain)  # also from a run that has taken its own, and for one with a model
+    for flag, word in (("--batch-size 30", "batch_size"), ("--gamma 0.9", "gamma"), (f"--clone reference --reference {whole}", "clone")):
+        with pytest.raises(UserError, match=f"another {word} "):
+            here(data_file, tmp_path / "none", "--warm-start-from", str(whole), *flag.split())
+    before = {k: v for k, v in torch.load(whole / "checkpoint.pt", weights_only=True).items() if not k.startswith("warm_start")}
+    with pytest.raises(UserError, match="not over"):
+        here(data_file, tmp_path / "none", "--warm-start-from", saved(tmp_path / "early", before))
+    with pytest.raises(UserError, match="no checkpoint"):
+        here(data_file, tmp_path / "none", "--warm-start-from", str(tmp_path))
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_status_3(data_file, tmp_path, monkeypatch):  # noqa: F811
     here(data_file, tmp_path, "--model-ratio", "0", "--total-updates", "20", "--eval-episodes", "0")
     good = (folder_of(tmp_path, "atac") / "checkpoint.pt").read_bytes()
