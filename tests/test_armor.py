@@ -470,33 +470,39 @@ def test_rollout_noise_is_the_models():
     assert r.states.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.05) and r.states.mean(0).tolist() == pytest.approx([1, 0], abs=0.02)
 
 
-def test_rows_that_ended_or_overflowed_begin_again_in_the_minibatch():
+def test_rollouts_that_ended_or_overflowed_begin_again_in_the_minibatch():
     ends = lambda obs, act, next_obs: next_obs[:, 0] > 2  # noqa: E731
     r, dynamics = rollouts(terminates=ends)
     first, second = torch.tensor([[1.9, 0.0], [0.0, 0.0], [math.inf, 0.0]]), torch.tensor([[5.0, 0.0], [6.0, 0.0], [7.0, 0.0]])
     r.states = first.repeat(2, 1)
     r.advance(1, second, Slope(0.5), Slope(0.5), dynamics)
     torch.testing.assert_close(r.states, torch.tensor([[5.0, 0.0], [0.25, 0.0], [7.0, 0.0]]).repeat(2, 1))
-    assert r.report()["model/rollout_restarts"].item() == pytest.approx(2 / 3)
+    assert r.report()["model/rollout_ended"].item() == pytest.approx(2 / 3)
     r.states[0] = math.nan  # no rule of termination sees this one
     r.advance(2, second, Slope(0.5), Slope(0.5), dynamics)
     assert r.states[0].tolist() == [5.0, 0.0]
 
 
-def test_states_stay_near_the_data_and_their_drift_is_counted():
-    r, dynamics = rollouts(step=(0.0, 0.9, 0.0), rollout_margin=0.1, horizon=100)
-    starts = torch.zeros(3, 2)
-    drifts = []
-    for k, expected in enumerate((0.9, 1.2, 1.2)):  # the range is 2 wide: at most 1 + 0.2
-        r.advance(k, starts, Slope(0.5), Slope(0.5), dynamics)
-        assert r.states[:, 0].tolist() == pytest.approx([expected] * 6)
-        report = r.report()
-        assert report["model/rollout_clipped"] == (k > 0) and report["model/rollout_restarts"] == 0
-        drifts.append(report["model/rollout_drift_policy"].item())
-    assert drifts == pytest.approx([0.9 / 2**0.5, 1.2 / 2**0.5, 1.2 / 2**0.5])  # the data has mean 0 and deviation 1
+def test_rollouts_that_leave_the_data_begin_again_and_their_drift_is_counted():
+    ends = lambda obs, act, next_obs: next_obs[:, 0] > 2  # noqa: E731
+    r, dynamics = rollouts(step=(0.0, 0.9, 0.0), rollout_margin=0.1, horizon=100, terminates=ends)
+    starts = torch.tensor([[0.0, 0.0], [0.2, 0.0], [-0.2, -1.3]])  # the range is 2 wide, so -1.2 to 1.2; the last is outside of it
+    r.advance(0, starts, Slope(0.5), Slope(0.5), dynamics)
+    torch.testing.assert_close(r.states, torch.tensor([[0.9, 0.0], [1.1, 0.0], [-0.2, -1.3]]).repeat(2, 1))
+    report = r.report()
+    assert report["model/rollout_left"].item() == pytest.approx(1 / 3) and report["model/rollout_ended"] == 0
+    drift = (torch.tensor([[0.9, 0.0], [1.1, 0.0], [-0.2, -1.3]]).square().mean(1)).mean().sqrt()
+    assert report["model/rollout_drift_policy"].item() == pytest.approx(drift.item())  # the data has mean 0 and deviation 1
+    r.states[2] = torch.tensor([0.25, 0.1])
+    r.advance(1, starts, Slope(0.5), Slope(0.5), dynamics)
+    torch.testing.assert_close(r.states[:3], torch.stack([starts[0], starts[1], torch.tensor([1.15, 0.1])]))
+    r.states[0] = torch.tensor([1.15, 0.0])  # 2.05 after the step: it ends there, outside or not
     r.states[3:] = 0  # those of the reference
-    r.advance(3, starts, Slope(0.5), Slope(0.5), dynamics)
-    assert r.report()["model/rollout_drift_reference"].item() == pytest.approx(0.9 / 2**0.5)
+    r.report()
+    r.advance(2, 0 * starts, Slope(0.5), Slope(0.5), dynamics)
+    report = r.report()
+    assert report["model/rollout_ended"].item() == pytest.approx(2 / 6) and report["model/rollout_left"] == 0
+    assert report["model/rollout_drift_reference"].item() == pytest.approx(0.9 / 2**0.5)
 
 
 def test_the_buffer_keeps_the_last_pairs():
@@ -679,7 +685,7 @@ def test_a_run_compares_the_policy_with_its_reference(whole):
     assert [r["update"] for r in losses] == [10, 20, 30, 40]
     guard = {"losses/adversary", "losses/data_fit", "losses/bellman", "losses/relative", "q/weight_norm", "q/policy", "q/reference"}
     guard |= {f"model/{k}{s}" for k in ("nll", "reward_error", "state_error") for s in ("", "_fitted")}
-    guard |= {f"model/rollout_{k}" for k in ("restarts", "clipped", "drift_policy", "drift_reference")}
+    guard |= {f"model/rollout_{k}" for k in ("ended", "left", "drift_policy", "drift_reference")}
     guard |= {"model/reward_shift", "model/state_shift", "q/policy_shift"}
     assert all(guard <= r.keys() for r in losses)
     assert 0 < losses[0]["model/reward_shift"] < 0.1 and 0 < losses[0]["q/policy_shift"] < 0.1
