@@ -20,6 +20,7 @@ Known and target milliseconds are those of cases() below, on two idle cores at 1
 import contextlib
 import datetime
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -256,10 +257,15 @@ def run(args: RunSuite):
     if args.suite != "smoke":
         print_hours(jobs)
     if args.dry_run:
-        runs = {job.name for job in jobs if job.updates}
-        if late := sum(not runs.isdisjoint(job.after) for job in jobs):
-            print(f"note: the last {late} commands take models of earlier ones, which must have ended by then", file=sys.stderr)
-        return print("\n".join(shlex.join(job.command) for job in jobs))
+        stage = {}
+        for job in jobs:  # after those whose data or model it takes
+            stage[job.name] = 1 + max((stage[name] for name in job.after), default=-1)
+        sizes = [list(stage.values()).count(k) for k in range(max(stage.values()) + 1)]
+        if len(sizes) > 1:
+            ends = list(itertools.accumulate(sizes))
+            groups = ", then ".join(f"{end - size + 1}-{end}" for size, end in zip(sizes, ends, strict=True))
+            print(f"note: lines {groups}: each group takes data or models that the one before it has made", file=sys.stderr)
+        return print("\n".join(shlex.join(job.command) for job in sorted(jobs, key=lambda job: stage[job.name])))
     if args.slurm:
         return submit(args, jobs)
     begin = time.time()

@@ -4,9 +4,10 @@ and forward models are (the question of ROMI's Appendix C, which was not at hand
     python case_study.py                                    # runs/maze2d-umaze-v1__{romi_bcq,fomi_bcq,bcq}__0*
     python case_study.py --env maze2d-large-dense
     python case_study.py --runs runs/a runs/b --labels reverse forward
+    python case_study.py --publish                          # for benchmarks.md: into figures/ and results/
 
 Takes runs of algorithms/romi_bcq.py and fomi_bcq.py, with and without a model, finished or not: what a run does not have yet is
-said and left out; so are the figure's panels of MOPO. Writes figures/case_study_<task>.png and results/case_study_<task>.json and
+said and left out; so are the figure's panels of MOPO. Writes case_study_<task>.png and case_study_<task>.json beside the runs and
 prints the numbers as tables.
 
   discrepancy   D(D, tau) = 1/(H+1) sum_t min_(s in D) |s_t - s|_2                                                    ROMI Eq. 5
@@ -46,7 +47,8 @@ class Args:
     labels: tuple[str, ...] = ()  # names of these runs in tables and picture; none: their algorithm, and seed if need be
     run_dir: Path = ROOT / "runs"
     dataset: str | None = None  # --dataset as the scripts take it, if the file has moved since the runs
-    out: Path | None = None  # folder of picture and JSON; None: figures/ and results/
+    out: Path | None = None  # folder of picture and JSON; None: <run-dir>
+    publish: bool = False  # put them into figures/ and results/ instead, from which benchmarks.md is made
     episodes: int = 100  # executed with each policy, from the same start states, none of which a run was evaluated on
     chains: int = 500  # imagined with each model
     seed: int = 0
@@ -207,6 +209,8 @@ class StoredRun:
 def load_runs(args):
     """The runs, all of one task and data set, each with a label of its own."""
     folders, lacking, slug = list(args.runs), [], parse_task(args.env).slug
+    if not folders and parse_task(args.env).domain != "maze2d":
+        raise UserError(f"--env {args.env}: is no maze; give one of maze2d-{{umaze,medium,large}}, with -dense or without")
     for name in () if folders else ("romi_bcq", "fomi_bcq", "bcq"):
         found = sorted(p for p in args.run_dir.glob(f"{slug}__{name}__0*") if p.name.split("__")[2] == "0")
         folders += found
@@ -322,7 +326,8 @@ def main(args):
         if executed:
             panels[2].append((f"{run.label}: executed, score {out['executed']['score'][0]:.1f}", executed))
     print(f"\n{case_study_table(result)}")
-    picture, numbers = ((args.out or ROOT / d) / f"case_study_{task.slug}.{e}" for d, e in (("figures", "png"), ("results", "json")))
+    folders = (ROOT / "figures", ROOT / "results") if args.publish else 2 * (args.out or args.run_dir,)
+    picture, numbers = (folder / f"case_study_{task.slug}.{end}" for folder, end in zip(folders, ("png", "json"), strict=True))
     for file in (picture, numbers):
         file.parent.mkdir(parents=True, exist_ok=True)
     draw(picture, maze, [panel for group in panels for panel in group], result["runs"])
@@ -335,3 +340,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
     except UserError as e:
         sys.exit(e.report())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")

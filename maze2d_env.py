@@ -1,4 +1,7 @@
-"""D4RL's maze2d on today's MuJoCo: a force-driven ball in a maze, `gymnasium.make("Rewind/Maze2d-umaze-v1")`.
+"""D4RL's maze2d on today's MuJoCo: a force-driven ball in a maze.
+
+    import gymnasium, maze2d_env    # the import registers Rewind/Maze2d-{umaze,medium,large}[-dense]-v1
+    env = gymnasium.make("Rewind/Maze2d-umaze-v1", render_mode="rgb_array")
 
 The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections without
 which wall contact differs on today's MuJoCo. In free motion a step is, to 1e-15, the closed form

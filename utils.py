@@ -162,12 +162,13 @@ def parse_task(name):
     for candidate in (name, f"{name}-v2", f"{name}-v1"):  # the version that the field reports: v2, for maze2d v1
         if candidate in TASKS:
             return TASKS[candidate]
-    if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name) and ("/" in name or _minari_is_local(name)):
+    is_environment = name in gymnasium.registry or name.startswith("Rewind/")  # ours are registered by maze2d_env.py
+    if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name) and ("/" in name or _minari_is_local(name)) and not name.startswith("Rewind/"):
         return _minari_task(name)
     short = sorted({re.sub(r"-v\d$", "", n) for n in TASKS})
-    near = difflib.get_close_matches(re.sub(r"-v\d$", "", name), short, 3, 0.5)
+    near = difflib.get_close_matches(re.sub(r"-v\d$", "", name.removeprefix("Rewind/").lower()), short, 3, 0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "tasks are D4RL names such as hopper-medium-replay, or Minari ids"
-    what = "is an environment, not a data set" if name in gymnasium.registry else "is no known task"
+    what = "is an environment, not a data set" if is_environment else "is no known task"
     raise UserError(f"--env {name} {what}; {hint}")
 
 
@@ -334,6 +335,8 @@ def _find(task, source):
 
 def _generate_maze2d(task, path, *flags):
     """Seconds per million steps: cheap enough to make on first use."""
+    if not (ROOT / "datasets" / "maze2d.py").is_file():
+        raise UserError(f"{path} is not there, and datasets/maze2d.py, which makes it, is not either: copy it from the repository")
     print(f"data: making {path.name} with datasets/maze2d.py", file=sys.stderr)
     command = [sys.executable, ROOT / "datasets" / "maze2d.py", "--maze", task.kind.split("-")[0], "--out", path.parent, *flags]
     if subprocess.run(command).returncode:
@@ -612,6 +615,8 @@ def make_env(task):
         if not isinstance(task, str) and not task.sources and not ours:
             return _minari_env(task)  # our own Minari data sets cannot store the corrected margins
         if domain == "maze2d":
+            if not (ROOT / "maze2d_env.py").is_file():
+                raise UserError(f"maze2d_env.py is not beside {Path(__file__).name}: copy it from the repository")
             import maze2d_env  # noqa: F401 - registers the mazes
 
             return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")

@@ -216,8 +216,16 @@ class Run:
         at = f"resumed at step {self.state['step']} of {self.state['phase']}" if self.state else "new run"
         print(f"{self.folder}: {at}, {len(data)} transitions of {data.source} data, on {device}", file=sys.stderr)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.write("config.json", lambda f: f.write_text(json.dumps(self.config, indent=1) + "\n"))
         self.metrics = open(self.folder / "metrics.jsonl", "a")
+        try:
+            import fcntl
+
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the file is open
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is training in it") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        self.write("config.json", lambda f: f.write_text(json.dumps(self.config, indent=1) + "\n"))
         self.metrics.truncate(self.state.get("metrics_bytes", 0))  # what came after the checkpoint will come again
         if args.track:
             self.begin_wandb()

@@ -57,6 +57,7 @@ class Args:
     reward_timing: Literal["same", "next"] | None = None  # position that is rewarded; None: the row's own, with --expert the next
     minari: bool = False  # also write Minari data sets
     out: Path = GENERATED
+    overwrite: bool = False  # replace files that were made with other settings
 
 
 class Planner:
@@ -145,6 +146,16 @@ def main(args):
     steps = args.steps if args.steps is not None else 100 * MAX_STEPS[args.maze] if args.expert else STEPS[args.maze]
     if steps < 1 or noise < 0:
         raise UserError(f"--steps {steps}, --noise {noise}: steps must be positive, noise at least 0")
+    paths = [args.out / f"maze2d_{args.maze}{dense}{'_expert' * args.expert}.hdf5" for dense in ("", "_dense")]
+    settings = {"steps": steps, "seed": args.seed, "noise": noise, "reward_timing": timing}
+    for path in () if args.overwrite else paths:  # training would go on with other data under the same name
+        if path.exists() and path.with_suffix(".json").exists():
+            there = json.loads(path.with_suffix(".json").read_text())
+            differ = [f"{k} ({there[k]} there, here {v})" for k, v in settings.items() if k in there and there[k] != v]
+            if "steps" not in there and there["transitions"] > steps:  # made before steps were recorded
+                differ.append(f"steps ({there['transitions']} rows there, here {steps})")
+            if differ:
+                raise UserError(f"{path} was made with other {', '.join(differ)}; give another --out, or --overwrite to replace it")
     if args.expert:
         episodes = -(-steps // MAX_STEPS[args.maze])
         obs, act = expert(args.maze, episodes, args.seed, noise)
@@ -156,7 +167,7 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     for dense in (False, True):
         rewards = Maze2d(args.maze, dense).reward((before if timing == "same" else after)[:, :2])
-        path = args.out / f"maze2d_{args.maze}{'_dense' * dense}{'_expert' * args.expert}.hdf5"
+        path = paths[dense]
         part = path.with_suffix(f".{os.getpid()}.part")
         with h5py.File(part, "w") as f:
             arrays = {"observations": before.astype("f4"), "actions": act, "rewards": rewards.astype("f4")}
@@ -165,9 +176,9 @@ def main(args):
                 arrays["next_observations"] = after.astype("f4")
             for k, v in arrays.items():
                 f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
-        meta = {"recipe": "expert planner" if args.expert else "planner to random targets", "noise": noise, "reward_timing": timing}
+        meta = {"recipe": "expert planner" if args.expert else "planner to random targets"} | settings
         meta |= {} if args.expert else {"repaired": "no row of a segment repeats the observation before it, as in D4RL's script"}
-        meta |= {"transitions": len(act), "segments": int(ends.sum()), "reward_mean": float(rewards.mean()), "seed": args.seed}
+        meta |= {"transitions": len(act), "segments": int(ends.sum()), "reward_mean": float(rewards.mean())}
         meta |= {"versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}}
         meta |= {"sha256": file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
         if args.minari:
@@ -185,3 +196,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__.split("\n")[0]))
     except UserError as e:
         sys.exit(e.report())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; no data set was changed")

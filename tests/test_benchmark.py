@@ -400,6 +400,19 @@ def test_who_borrows_a_model_would_have_trained_the_same(tmp_path):
     assert borrowed >= 5
 
 
+def test_printed_commands_come_in_groups_that_may_run_one_after_the_other(capsys):
+    jobs = suites.expand("smoke")
+    benchmark.run(benchmark.RunSuite("smoke", dry_run=True))
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    groups = [range(int(a) - 1, int(b)) for a, b in re.findall(r"(\d+)-(\d+)", err)]
+    assert [k for group in groups for k in group] == list(range(len(lines))) and len(lines) == len(jobs)
+    group_of = {lines[k]: i for i, group in enumerate(groups) for k in group}
+    line_of = {job.name: shlex.join(job.command) for job in jobs}
+    assert any(job.after for job in jobs)
+    assert all(group_of[line_of[name]] < group_of[line_of[job.name]] for job in jobs for name in job.after)
+
+
 def test_expansion(tmp_path, monkeypatch):
     rows = [suites.Row("mopo", "mopo", ("hopper-medium",), "--bf16"), suites.Row("none", "no_such_script", ("hopper-medium",))]
     rows += [suites.Row("mbpo", "mopo", ("hopper-medium",), "--penalty-coef 0", model_of="mopo")]

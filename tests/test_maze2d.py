@@ -13,6 +13,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import maze2d_env as env_file
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -187,6 +188,24 @@ def test_generated_data(tmp_path):
     h, m, c = 0.01, 4.18879020478639, np.clip(obs[:-1, 2:], -5, 5)
     after = obs[:-1, :2] + h * (c + h * (100 * act[:-1] - c) / (m + h))
     assert (np.abs(after - obs[1:, :2]).max(1) < 1e-5).mean() > 0.99
+
+
+def test_data_of_other_settings_are_not_replaced_by_the_way(generator, tmp_path):
+    make = lambda **flags: generator.main(generator.Args(out=tmp_path, **flags))  # noqa: E731
+    make(steps=900)
+    before = {p.name for p in tmp_path.iterdir()}
+    make(steps=900)  # the same again
+    assert {p.name for p in tmp_path.iterdir()} == before
+    for flags, word in (({"steps": 800}, "steps"), ({"steps": 900, "seed": 1}, "seed"), ({"steps": 900, "noise": 0.1}, "noise")):
+        with pytest.raises(UserError, match=rf"other {word} \("):
+            make(**flags)
+    old = json.loads((tmp_path / "maze2d_umaze.json").read_text())
+    assert old.pop("steps") == 900
+    (tmp_path / "maze2d_umaze.json").write_text(json.dumps(old))  # as files were described before
+    with pytest.raises(UserError, match=r"steps \(\d+ rows there, here 300\)"):
+        make(steps=300)
+    make(steps=300, overwrite=True)
+    assert json.loads((tmp_path / "maze2d_umaze.json").read_text())["steps"] == 300
 
 
 def test_expert_data_and_reward_timing(tmp_path):

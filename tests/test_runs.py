@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,20 @@ def test_finished_run_is_left_alone_and_more_updates_carry_it_on(script, whole, 
     assert run(script, data_file, run_dir).returncode == 0  # 60 updates
     x, y = weights(whole), weights(folder)
     assert not [k for k in x if not torch.equal(x[k], y[k])]
+
+
+def test_two_processes_do_not_train_in_one_folder(script, whole, data_file, tmp_path):
+    import fcntl
+
+    folder = shutil.copytree(whole, tmp_path / whole.name)
+    (folder / "result.json").unlink()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with open(folder / "metrics.jsonl", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = run(script, data_file, tmp_path)
+    assert done.returncode == 2 and "another process is training in it" in done.stderr
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert run(script, data_file, tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("phase", PHASES)

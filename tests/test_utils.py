@@ -132,6 +132,7 @@ def test_there_are_no_other_tasks_and_every_checksum_belongs_to_one():
         ("antmaze-large", "antmaze-large-play"),
         ("CartPole-v1", "is an environment"),
         ("Hopper-v4", "is an environment"),
+        ("Rewind/Maze2d-umaze-v1", "is an environment, not a data set; did you mean maze2d-umaze"),
         ("zzz", "D4RL names such as"),
         ("", "D4RL names such as"),
     ],
