@@ -341,4 +341,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

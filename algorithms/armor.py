@@ -954,7 +954,7 @@ def warm_start_of_another_run(args, key):
         raise UserError(f"{flag} no checkpoint.pt there (a run that is past its warm start goes on without the flag)")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "warm_start_key" not in state:
-        raise UserError(f"{flag} its warm start is not over")
+        raise UserError(f"{flag} its warm start is not over (or the run is older than this flag)")
     theirs = state["warm_start_key"]
     if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
         raise UserError(f"{flag} its warm start has another {', '.join(differ)}")

@@ -197,4 +197,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        sys.exit("interrupted; no data set was changed")
+        print("interrupted; a file is replaced only by one that is complete", file=sys.stderr)
+        sys.exit(130)
