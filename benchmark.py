@@ -9,7 +9,7 @@
     python benchmark.py table                      # tables of results/ -> benchmarks.md; --check: are they what stands there?
     python benchmark.py plot                       # learning curves and bars of results/ -> figures/
     python benchmark.py sweeps                     # W&B grid sweeps of the suite `paper` -> sweeps/
-    python benchmark.py speed                      # every case on this machine, about two minutes
+    python benchmark.py speed                      # every case on this machine, six minutes or more
     python benchmark.py speed --device cuda --compile --out results/speed_<machine>.json
 
 `speed` times each case in rounds: in every round the machine's own matrix product is timed beside it, so that noise of a
@@ -243,7 +243,7 @@ class RunSuite:
     flags: tyro.conf.Positional[tuple[str, ...]] = ()  # after --: for every run, they win over the suite's
     jobs: int | None = None  # runs at a time; None: 1, on Slurm as many as it gives
     threads: int | None = None  # --num-threads of every run; None: the suite's
-    only: str = ""  # runs whose name contains this, and those whose models they take
+    only: str = ""  # runs whose name contains one of these words or fits the pattern (`*`), and those whose models they take
     seeds: tuple[int, ...] = ()  # (): the suite's
     run_dir: Path | None = None  # None: runs, for the smoke suite runs/smoke
     dry_run: bool = False  # print the commands and end
@@ -253,9 +253,14 @@ class RunSuite:
 
 def run(args: RunSuite):
     """Run a suite of runs, on this machine or on Slurm."""
+    for name in ("jobs", "threads"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise UserError(f"--{name} {number}: at least 1")
     jobs = suites.expand(args.suite, args.run_dir, args.only, args.seeds, args.threads, args.flags)
     if args.suite != "smoke":
-        print_hours(jobs)
+        print_hours(jobs, args.jobs or 1)
+    for command in suites.data_to_make(jobs):
+        print(f"note: its data have to be made first, in hours: {command}", file=sys.stderr)
     if args.dry_run:
         stage = {}
         for job in jobs:  # after those whose data or model it takes
@@ -263,7 +268,7 @@ def run(args: RunSuite):
         sizes = [list(stage.values()).count(k) for k in range(max(stage.values()) + 1)]
         if len(sizes) > 1:
             ends = list(itertools.accumulate(sizes))
-            groups = ", then ".join(f"{end - size + 1}-{end}" for size, end in zip(sizes, ends, strict=True))
+            groups = ", then ".join(f"{end - size + 1}-{end}" if size > 1 else f"{end}" for size, end in zip(sizes, ends, strict=True))
             print(f"note: lines {groups}: each group takes data or models that the one before it has made", file=sys.stderr)
         return print("\n".join(shlex.join(job.command) for job in sorted(jobs, key=lambda job: stage[job.name])))
     if args.slurm:
@@ -419,23 +424,26 @@ def depth(job, jobs):
     return max((1 + depth(other, jobs) for other in jobs if other.name in job.after), default=0)
 
 
-def print_hours(jobs):
-    """Estimated hours by the newest (then the fullest) results/speed_*.json: updates, models and rollouts, nothing else."""
+def print_hours(jobs, parallel):
+    """Estimated hours from a results/speed_*.json: updates, models and rollouts, nothing else. Of several files the one timed with
+    the suite's number of threads, then the newest, then the fullest."""
     files = [(json.loads(file.read_text()), file) for file in sorted((ROOT / "results").glob("speed_*.json"))]
     if not files:
         return
-    facts, file = max(files, key=lambda pair: (pair[0]["date"], len(pair[0]["rows"])))
+    threads = suites.parse_flags(next(job for job in jobs if job.script).command[2:]).get("num-threads")
+    facts, file = max(files, key=lambda pair: ([str(pair[0]["threads"])] == threads, pair[0]["date"], len(pair[0]["rows"])))
     ms, rows = {row["case"]: row["ms"] for row in facts["rows"]}, {}
     for job in jobs:
         if job.updates and not job.finished():
             rows.setdefault(job.row, []).append(suites.hours(job, ms))
     machine = f"{facts['machine']}, {facts['threads']} threads, {facts['device']}"
-    print(f"hours of what is not finished, estimated from {file.name} ({machine}; with fewer threads longer):", file=sys.stderr)
+    print(f"hours of what is not finished, estimated from {file.name} ({machine}); evaluations come on top:", file=sys.stderr)
     for row, estimates in rows.items():
         each = f"{estimates[0]:8.1f} h each, {sum(estimates):8.1f} h" if None not in estimates else "not timed"
         print(f"  {row:12s} {len(estimates):4d} runs {each}", file=sys.stderr)
     known = [hours for estimates in rows.values() for hours in estimates if hours is not None]
-    print(f"  {'together':12s} {len(known):4d} runs {sum(known):30.1f} h", file=sys.stderr)
+    together = f"{sum(known):.1f} h" + f", {sum(known) / parallel:.1f} h with --jobs {parallel}" * (parallel > 1)
+    print(f"  {'together':12s} {len(known):4d} runs {together:>32s}", file=sys.stderr)
 
 
 # --- results and sweeps ---
@@ -454,37 +462,49 @@ def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = RO
             if not (run / "result.json").exists():
                 print(f"{run.name}: not finished, left out")
                 continue
-            target, result = out / run.name, json.loads((run / "result.json").read_text())
-            name = "return_mean" if result["normalized_score"] is None else "normalized_score"
-            score = "not evaluated" if result[name] is None else f"{name.replace('_', ' ')} {result[name]:.1f}"
-            state = "new"
+            target, result, state = out / run.name, report.read_result(run), "new"
+            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+            lines = [line for line in lines if '"eval/' in line or '"reference/' in line]
             if (target / "result.json").exists():
-                there = json.loads((target / "result.json").read_text())
-                state = "unchanged" if there == result else "replaced"
-                if other := other_run(there, result):
+                there = report.read_result(target)
+                state = "unchanged" if there == result else f"replaces {score(there)}"
+                if other := other_run(there, result, (target / "evals.jsonl").read_text().splitlines(), lines):
                     state += f", which had {other}"
                     if not force:
                         print(f"{run.name}: left out, results has one with {other}; --force replaces it", file=sys.stderr)
                         continue
+                    (target / "note.txt").unlink(missing_ok=True)  # it was about the other
             target.mkdir(parents=True, exist_ok=True)
             (target / "result.json").write_text((run / "result.json").read_text())
-            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (target / "evals.jsonl").write_text("".join(line for line in lines if '"eval/' in line or '"reference/' in line))
-            print(f"{run.name}: {score} ({state})")
+            (target / "evals.jsonl").write_text("".join(lines))
+            print(f"{run.name}: {score(result)} ({state})")
+
+
+def score(result):
+    name = "return_mean" if result["normalized_score"] is None else "normalized_score"
+    return "not evaluated" if result[name] is None else f"{name.replace('_', ' ')} {result[name]:.1f}"
 
 
 def is_run(folder):
     return any((folder / name).exists() for name in ("config.json", "result.json"))
 
 
-def other_run(there, result):
-    """In what the result that is there is another run than `result`, or a longer one; "" if it is not."""
+def other_run(there, result, lines_there, lines):
+    """In what the result that is there is another run than `result`, or a longer one; "" if `result` is the same run carried on:
+    same data and flags, and the evaluations that are there among its own. `lines`: of evals.jsonl."""
     flags = [report.training_flags(r.get("command")) for r in (there, result)]
+    evals = [{e["update"]: e["eval/return"] for e in map(json.loads, text) if "eval/return" in e} for text in (lines_there, lines)]
+    if there == result:
+        return ""
     if there["dataset"]["sha256"] != result["dataset"]["sha256"]:
         return "other data"
-    if there.get("command") and result.get("command") and flags[0] != flags[1]:
+    if None in (there.get("command"), result.get("command")):
+        return "flags that were not recorded"
+    if flags[0] != flags[1]:
         return f"other flags ({' '.join(flags[0]) or 'none'})"
-    return f"{there['updates']} updates" if there["updates"] > result["updates"] else ""
+    if there["updates"] > result["updates"]:
+        return f"{there['updates']} updates"
+    return "" if evals[0].items() <= evals[1].items() else "other evaluations, so it was made anew"
 
 
 def sweeps():

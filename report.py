@@ -1,7 +1,9 @@
 """Tables and pictures from raw results: `python benchmark.py table` and `plot`.
 
 A result is a folder with a run's result.json and its evaluation lines. Runs are averaged in cells, and runs in one cell differ
-in nothing but the seed: same task, data (source and sha256), algorithm, updates, evaluation, and flags that change training.
+in nothing but the seed: same task, data (source and sha256), algorithm, updates, evaluation, and flags that change training (one
+that is the script's default is none). Commits may differ; what an older one did otherwise stands in a note.txt in the folder of
+the result, one line, which sets the run apart and is printed beside its flags.
 """
 
 import difflib
@@ -12,6 +14,7 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import numpy as np
 from scipy.stats import t as student_t
 from scipy.stats import trim_mean
 
-from suites import as_tokens, parse_flags
+from suites import as_tokens, parse_flags, parsed
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -29,6 +32,7 @@ ARMOR_BETA = 16.0  # default of algorithms/armor.py
 UNSEEN = {"env", "env-id", "exp-name", "seed", "dataset", "total-updates", "run-dir", "checkpoint-every", "log-every", "num-threads"}
 UNSEEN |= {"track", "no-track", "device", "dynamics-from", "warm-start-from", "expert-dataset"}
 UNSEEN |= {"wandb-project-name", "wandb-entity", "wandb-group"}
+ALIASES = {"bellman-weight": "beta", "fit-weight": "lambda", "pairs-kept": "model-buffer-size"}  # armor.py takes both
 IMITATION = "__imitation"  # ends the source of runs that get demonstrations and no rewards: they have tables of their own
 
 
@@ -65,27 +69,45 @@ class Cell:
     @property
     def besides(self):
         """Its flags but for reference and beta."""
-        return tuple(flag for flag in self.flags if not flag.startswith(("--reference ", "--beta ", "--bellman-weight ")))
+        return tuple(flag for flag in self.flags if not flag.startswith(("--reference ", "--beta ")))
 
     @property
     def beta(self):
         """ARMOR's weight of the Bellman error: the smaller, the more pessimism relative to the reference."""
-        return float((self.setting.get("beta") or self.setting.get("bellman-weight") or [ARMOR_BETA])[0])
+        return float(self.setting.get("beta", [ARMOR_BETA])[0])
+
+
+@functools.cache
+def is_default(script, tokens):
+    """Does this one flag say what the script does without it? No, where the script or the flag is unknown today."""
+    try:
+        return parsed(script, tokens) == parsed(script, ())
+    except (UserError, ModuleNotFoundError):
+        return False
 
 
 def training_flags(command):
     """The flags of a command that change training or evaluation, sorted; of an old result without a command: unknown."""
     if command is None:
         return ("not recorded",)
-    flags = sorted((k, v) for k, v in parse_flags(command[1:]).items() if k not in UNSEEN)
-    return tuple(shlex.join(as_tokens({k: v})) for k, v in flags)
+    flags = sorted((ALIASES.get(k, k), v) for k, v in parse_flags(command[1:]).items() if k not in UNSEEN)
+    each = [tuple(as_tokens({k: v})) for k, v in flags]
+    return tuple(shlex.join(tokens) for tokens in each if not is_default(Path(command[0]).stem, tokens))
+
+
+def read_result(folder):
+    """Its result.json."""
+    try:
+        return json.loads((folder / "result.json").read_text())
+    except ValueError as e:
+        raise UserError(f"{folder / 'result.json'}: not JSON ({e}); cut off while it was copied?") from None
 
 
 def cells_of(folders):
     """The results in `folders`, in cells that share task, data, algorithm, updates and flags, ordered."""
     cells = {}
     for folder in folders:
-        result = json.loads((folder / "result.json").read_text())
+        result = read_result(folder)
         file = next((folder / name for name in ("evals.jsonl", "metrics.jsonl") if (folder / name).exists()), None)
         if file is None:
             raise UserError(f"{folder}: no evals.jsonl beside result.json; `python benchmark.py collect` copies both")
@@ -101,6 +123,7 @@ def cells_of(folders):
             result["improvement"] = ends[1] - result["reference"]
             result["discounted_improvement"] = references[-1].get("reference/discounted_improvement")  # None: of an older run
         data, flags = result["dataset"], training_flags(result.get("command"))
+        flags += ((folder / "note.txt").read_text().strip(),) if (folder / "note.txt").exists() else ()
         source = (data["source"] if data["source"] != "file" else data["id"]) + IMITATION * ("expert" in data)
         shas = (data["sha256"][:12], data.get("expert", {"sha256": data.get("reference", "")})["sha256"][:12])
         key = (result["task"], source, result["algorithm"], result["updates"], flags, result["eval_episodes"], *shas, normalized)
@@ -208,7 +231,9 @@ def in_words(source):
 
 
 def code(flags):
-    return " ".join(flags) if flags == ("not recorded",) else f"`{' '.join(flags)}`" if flags else "-"
+    """Flags as code, a note as text."""
+    given, notes = [flag for flag in flags if flag[:2] == "--"], [flag for flag in flags if flag[:2] != "--"]
+    return ", ".join([f"`{' '.join(given)}`"] * bool(given) + notes) or "-"
 
 
 def task_table(cells):
@@ -355,6 +380,15 @@ def fill(page, made, name):
     return marker.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}<!-- end -->", page)
 
 
+def with_sections(page, made):
+    """A page of one's own results with a section for every table: new ones at the end, without those of tables that are gone."""
+    for name in re.findall(r"<!-- table: (\S+) -->", page):
+        if name not in made:
+            page = re.sub(rf"(## {re.escape(name)}\n\n)?<!-- table: {re.escape(name)} -->\n.*?<!-- end -->\n+", "", page, flags=re.S)
+    missing = [name for name in made if f"<!-- table: {name} -->" not in page]
+    return page + "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->\n\n" for name in missing)
+
+
 def results_in(results):
     folders = sorted(file.parent for file in results.glob("*/result.json"))
     if not folders:
@@ -367,23 +401,24 @@ def table(results: Path = ROOT / "results", page: Path | None = None, check: boo
 
     Args:
         results: folder of runs, or of what `collect` copied of them
-        page: None: benchmarks.md, for results elsewhere <results>/benchmarks.md
+        page: None: benchmarks.md; for results elsewhere <results>/benchmarks.md, where sections come and go with the tables
         check: change nothing; end with status 1 if the page's tables are not those of the results
     """
     here = results.resolve() == ROOT / "results"
+    own = not here and page is None
     page = page or (ROOT / "benchmarks.md" if here else results / "benchmarks.md")
     made = tables(results_in(results), sorted([*results.glob("case_study_*.json"), *results.glob("speed_*.json")]))
-    if page.exists():
-        old = page.read_text()
-    else:
-        old = "".join(f"## {name}\n\n<!-- table: {name} -->\n<!-- end -->\n\n" for name in made)
-    new = fill(old, made, page.name)
+    old = page.read_text() if page.exists() else ""
+    new = fill(with_sections(old, made) if own or not old else old, made, page)
     if not check:
         page.write_text(new)
         print(f"{page}: {', '.join(made)}")
     elif new != old:
-        print("".join(difflib.unified_diff(*(t.splitlines(True) for t in (old, new)), page.name, "rebuilt", n=0)))
-        sys.exit(f"error: {page.name} is not what the results say; run `python benchmark.py table`")
+        print("".join(difflib.unified_diff(*(t.splitlines(True) for t in (old, new)), str(page), "rebuilt", n=0)))
+        again = "" if here else f" --results {results}"
+        sys.exit(f"error: {page} is not what the results say; run `python benchmark.py table{again}`")
+    else:
+        print(f"{page}: as the results say, {len(made)} tables")
 
 
 # --- plot ---
@@ -440,31 +475,37 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         for cell in group:
             scores = [result["reference"] for result, _ in cell.runs if "reference" in result]
             if scores and float(cell.setting.get("model-ratio", ["1"])[0]):  # without a model it is ATAC
-                alike = (cell.reference or "clone of the data", thousands(cell.updates), *cell.besides, cell.data)
+                alike = (cell.reference or "clone of the data", f"{thousands(cell.updates)} updates", *cell.besides, cell.data)
                 games.setdefault(alike, []).append((cell.beta, cell.last, scores))
-        if sum(map(len, games.values())) < 2:
-            continue
+        if len({alike[0] for alike in games}) < 2 and max(map(len, games.values()), default=0) < 3:
+            continue  # a picture is of several references, or of several betas
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         for i, (alike, points) in enumerate(sorted(games.items(), key=lambda item: np.mean(item[1][0][2]))):
             apart = alike[1:] if sum(other[0] == alike[0] for other in games) > 1 else ()
-            label = " ".join(("ARMOR, reference:", *alike[:1], *apart))[:90]
+            label = "\n".join(textwrap.wrap(" ".join(("ARMOR, reference:", *alike[:1], *apart)), 90, break_on_hyphens=False))
             points.sort(key=lambda point: point[0])
             betas, means, own = ([*x] for x in zip(*((beta, np.mean(last), np.mean(ref)) for beta, last, ref in points), strict=True))
-            error = [np.std(last, ddof=1) if len(last) > 1 else 0 for _, last, _ in points]
+            error = [np.std(last, ddof=1) if len(last) > 1 else np.nan for _, last, _ in points]  # of one seed no bar
             colour = plt.get_cmap("viridis")(i / max(1, len(games)))
             axes.errorbar(betas, means, error, color=colour, marker="o", markersize=4, capsize=3, label=label)
             axes.axhline(np.mean(own), color=colour, linestyle="--", linewidth=1)
         axes.set(title=f"{task} ({source} data)", xlabel="beta (the smaller, the more pessimism)", ylabel="last evaluation")
         axes.set_xscale("symlog", linthresh=0.1)
+        ticks = sorted({beta for points in games.values() for beta, *_ in points})
+        axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks], minor=False)
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         figure.legend(fontsize=8, title="dashed: the reference itself", title_fontsize=8, loc="outside lower center")
         save(figure, f"references__{task.replace('/', '-')}__{source}")
 
     for source in sorted({cell.source for cell in cells}):
-        chosen = {}  # the longest runs of an algorithm on a task, of those the most seeds
-        for cell in sorted(cells, key=lambda cell: (cell.updates, len(cell.last))):
+        chosen, alike = {}, {}  # of an algorithm on a task the most seeds, of those the longest runs
+        for cell in cells:
             if cell.source == source and cell.normalized and cell.last:
-                chosen[cell.task, cell.algorithm] = cell
+                alike.setdefault((cell.task, cell.algorithm, cell.flags, cell.episodes, cell.data, cell.given), []).append(cell)
+        together = [cell for cell in map(common_length, alike.values()) if cell]
+        for cell in sorted([*itertools.chain(*alike.values()), *together], key=lambda cell: (len(cell.last), cell.updates)):
+            chosen[cell.task, cell.algorithm] = cell
         if not chosen:
             continue
         tasks, names = sorted({t for t, _ in chosen}), [name for name in everything if any(name == a for _, a in chosen)]
@@ -475,8 +516,9 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             where = [(tasks.index(t) + (i - (len(names) - 1) / 2) * width, cell) for (t, a), cell in chosen.items() if a == name]
             x, means = [x for x, _ in where], [np.mean(cell.last) for _, cell in where]
             error = [np.std(cell.last, ddof=1) if len(cell.last) > 1 else 0 for _, cell in where]
-            updates = sorted({thousands(cell.updates) for _, cell in where})
-            axes.bar(x, means, width * 0.9, yerr=error, label=f"{name}, {' or '.join(updates)} updates", color=colours[name])
+            runs = sorted({(cell.updates, len(cell.last)) for _, cell in where})
+            label = " or ".join(f"{thousands(n)} updates, {seeds} seed{'s' * (seeds > 1)}" for n, seeds in runs)
+            axes.bar(x, means, width * 0.9, yerr=error, label=f"{name}, {label}", color=colours[name])
             diamonds += [(x, found[0]["mean"]) for x, cell in where if (found := published(cell.task, name, True))]
         if diamonds:
             axes.plot(*zip(*diamonds, strict=True), "kD", markersize=5, label="published, D4RL's data")

@@ -6,6 +6,7 @@ the same bits as training it again, in no time. To add an algorithm, add a line;
 """
 
 import contextlib
+import fnmatch
 import functools
 import importlib
 import io
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import tyro
 
+import utils
 from utils import UserError, parse_task
 
 ROOT = Path(__file__).resolve().parent
@@ -137,10 +139,10 @@ PAPER = Suite(
         Row("fomi_bcq", "fomi_bcq", MAZES),  # ROMI, Table 3
         Row("romi_bcq", "romi_bcq", MAZES),  # ROMI, Tables 1 and 3
         Row("sac", "mopo", (*TWELVE, *JUMPS), "--model-ratio 0"),
-        Row("mbpo", "mopo", (*TWELVE, *JUMPS), "--penalty-coef 0"),
         Row("mopo", "mopo", (*TWELVE, *JUMPS)),  # MOPO, both tables
+        Row("mbpo", "mopo", (*TWELVE, *JUMPS), "--penalty-coef 0", model_of="mopo"),
         Row("combo_cql", "combo", TWELVE, "--model-ratio 0"),  # uniform sampling
-        Row("combo", "combo", TWELVE),  # COMBO, as others quote it
+        Row("combo", "combo", TWELVE, model_of="mopo"),  # COMBO, as others quote it
         Row("atac", "armor", NINE, "--model-ratio 0"),
         Row("armor", "armor", NINE),  # ARMOR, Table 1
         Row("bc_expert", "sra_iql", IMITATION, "--iql-weight 0", seeds=FOUR),
@@ -197,8 +199,8 @@ class Job:
     def finished(self):
         if self.updates is None:
             return self.folder.exists()
-        try:
-            return json.loads((self.folder / "result.json").read_text())["updates"] == self.updates
+        try:  # who went on beyond the suite's updates has made them, too
+            return json.loads((self.folder / "result.json").read_text())["updates"] >= self.updates
         except FileNotFoundError:
             return False
 
@@ -229,28 +231,34 @@ def parsed(script, tokens):
         with contextlib.redirect_stderr(said):
             return tyro.cli(importlib.import_module(script).Args, args=list(tokens))
     except SystemExit:
-        why = re.sub("[╭╮╰╯─│]", "", said.getvalue()).strip()
-        raise UserError(f"{script}.py does not take {shlex.join(tokens)}: {why}") from None
+        why = [" ".join(line.split()) for line in re.sub("[╭╮╰╯─│]", "", said.getvalue()).splitlines()]
+        why = " ".join(line for line in why if line and not re.match("For full helptext|(Unrecognized|Parsing|Missing)[^:]*$", line))
+        raise UserError(f"{script}.py does not take its flags: {why}; see python algorithms/{script}.py --help") from None
 
 
-@functools.cache
-def settled(script, env, dataset, tokens):
-    """(folder's task and name, its data source, updates, is a model needed) of a run, by the script's own rules."""
-    task = parse_task(env)
-    args = replace(parsed(script, tokens), env=env, dataset=dataset)
-    with contextlib.redirect_stderr(io.StringIO()):
-        args = importlib.import_module(script).resolve(args, task)
+def source_of(dataset):
+    """How the data's source stands in a run's name."""
     path = Path(dataset)
     if dataset == "auto":
         raise UserError("--dataset auto: the data source is part of a run's name; name it, such as d4rl or bundled")
     source = {"d4rl": "", "bundled": "__bundled", "generated": "__generated"}.get(dataset, "__minari")
-    source = f"__{path.stem}" if path.suffix in (".hdf5", ".h5") or path.exists() else source
-    return f"{task.slug}__{args.exp_name}", source, args.total_updates, getattr(args, "model_ratio", 0) > 0
+    return f"__{path.stem}" if path.suffix in (".hdf5", ".h5") or path.exists() else source
+
+
+@functools.cache
+def settled(script, env, dataset, tokens):
+    """(updates, is a model needed) of a run, by the script's own rules."""
+    task = parse_task(env)
+    args = replace(parsed(script, tokens), env=env, dataset=dataset)
+    with contextlib.redirect_stderr(io.StringIO()):
+        args = importlib.import_module(script).resolve(args, task)
+    return args.total_updates, getattr(args, "model_ratio", 0) > 0
 
 
 def expand(name, run_dir=None, only="", seeds=(), threads=None, extra=()):
-    """The jobs of a suite whose names contain `only`, and those they depend on: preparations, then runs that lend a model."""
-    suite = SUITES[name]
+    """The jobs of a suite whose names contain one of the words of `only` (or fit it, as fnmatch does: hopper*__cql__*), and those
+    they depend on: preparations, then runs that lend a model. Scripts of other runs are not asked whether they take `extra`."""
+    suite, words = SUITES[name], only.split() or [""]
     run_dir = str(run_dir or os.path.relpath(ROOT / suite.run_dir))
     jobs, logs = {}, Path(run_dir) / "benchmark_logs"
     for file, flags in suite.prepare.items():
@@ -259,6 +267,20 @@ def expand(name, run_dir=None, only="", seeds=(), threads=None, extra=()):
         jobs[file] = Job(Path(file).stem, command, Path(file), logs / f"{Path(file).stem}.log")
     rows = [row for row in suite.rows if (ROOT / "algorithms" / f"{row.script}.py").exists()]
     runs = [(row, seed, task) for row in rows for seed in seeds or row.seeds or suite.seeds for task in row.tasks]
+    if taken := {"env", "env-id", "exp-name", "seed", "run-dir"} & parse_flags(extra).keys():
+        raise UserError(f"--{min(taken)}: is the suite's; see --only, --seeds, --run-dir")
+
+    def job_name(row, seed, task):
+        given = parse_flags(shlex.split(f"{suite.flags} {row.flags}")) | parse_flags(extra)
+        data = given.get("dataset", [suite.data.get(task, "d4rl")])[-1].format(run_dir=run_dir)
+        return f"{parse_task(task).slug}__{row.name}__{seed}{source_of(data)}"
+
+    chosen = {run: job_name(*run) for run in runs}
+    chosen = {run: title for run, title in chosen.items() if any(word in title or fnmatch.fnmatchcase(title, word) for word in words)}
+    if not chosen:
+        raise UserError(f"--only {only}: no run of the suite {name} has that in its name; --dry-run shows them")
+    by_name = {row.name: row for row in rows}
+    runs = [run for run in runs if run in chosen or any((by_name.get(row.model_of), *at) == run for row, *at in chosen)]
     lenders = {}
     for row, seed, task in sorted(runs, key=lambda run: (run[0].model_of is not None, run[1])):  # seed by seed, all tasks of each
         data = suite.data.get(task, "d4rl")
@@ -266,12 +288,10 @@ def expand(name, run_dir=None, only="", seeds=(), threads=None, extra=()):
         flags = {k: [v.format(run_dir=run_dir) for v in values] for k, values in flags.items()}
         flags |= {"num-threads": [str(threads)]} if threads else {}
         flags |= parse_flags(extra) | {"run-dir": [run_dir]}
-        if taken := {"env", "env-id", "exp-name", "seed", "run-dir"} & parse_flags(extra).keys():
-            raise UserError(f"--{min(taken)}: is the suite's; see --only, --seeds, --run-dir")
         rest = as_tokens({k: v for k, v in flags.items() if k not in ("env", "dataset")})
-        stem, source, updates, trains = settled(row.script, flags["env"][0], flags["dataset"][0], tuple(rest))
+        updates, trains = settled(row.script, flags["env"][0], flags["dataset"][0], tuple(rest))
         flags |= {"seed": [str(seed)]}
-        job_name = f"{stem}__{seed}{source}"
+        title = job_name(row, seed, task)
         after = tuple(jobs[v].name for values in flags.values() for v in values if v in jobs)
         if row.model_of and trains:
             if (row.model_of, task, seed) not in lenders:
@@ -280,17 +300,24 @@ def expand(name, run_dir=None, only="", seeds=(), threads=None, extra=()):
             flags |= {"dynamics-from": [str(lender.folder)]}
             after, trains = (*after, lender.name), False
         command = [sys.executable, os.path.relpath(ROOT / "algorithms" / f"{row.script}.py"), *as_tokens(flags)]
-        log = logs / f"{job_name}.log"
-        job = Job(job_name, command, Path(run_dir) / job_name, log, updates, after, row.name, row.script, trains)
-        if job_name in jobs:
-            raise UserError(f"suite {name}: two runs are called {job_name}")
-        jobs[job_name] = lenders[row.name, task, seed] = job
-    chosen = {job.name: job for job in jobs.values() if job.updates and only in job.name}
-    if not chosen:
-        raise UserError(f"--only {only}: no run of the suite {name} has that in its name; --dry-run shows them")
-    needed = {name for job in chosen.values() for name in job.after}
-    needed |= {name for job in jobs.values() if job.name in needed for name in job.after}
-    return [job for job in jobs.values() if job.name in chosen or job.name in needed]
+        log = logs / f"{title}.log"
+        job = Job(title, command, Path(run_dir) / title, log, updates, after, row.name, row.script, trains)
+        if title in jobs:
+            raise UserError(f"suite {name}: two runs are called {title}")
+        jobs[title] = lenders[row.name, task, seed] = job
+    wanted = {*chosen.values()}
+    needed = {other for job in jobs.values() if job.name in wanted for other in job.after}
+    needed |= {other for job in jobs.values() if job.name in needed for other in job.after}
+    return [job for job in jobs.values() if job.name in wanted or job.name in needed]
+
+
+def data_to_make(jobs):
+    """What to type for generated data that are not there; those of mazes are made on first use."""
+    flags = [parse_flags(job.command[2:]) for job in jobs if job.script and not job.finished()]
+    tasks = {flag["env"][0]: parse_task(flag["env"][0]) for flag in flags if flag["dataset"] == ["generated"]}
+    tasks = [task for _, task in sorted(tasks.items()) if task.domain != "maze2d"]
+    tasks = [task for task in tasks if not (utils.GENERATED / f"{task.domain}_{task.kind.replace('-', '_')}.hdf5").exists()]
+    return [f"python datasets/mujoco.py --env {task.domain} --kinds {task.kind}" for task in tasks]
 
 
 def hours(job, ms):

@@ -134,15 +134,24 @@ def test_collect_replaces_a_result_by_the_same_run_only(tmp_path, capsys):
 
     assert run([1.0, 2.0]) == (2.0, "hopper-medium-v2__mopo__0__d4rl__0: normalized score 2.0 (new)\n")
     assert run([1.0, 2.0])[1].endswith("(unchanged)\n")
-    assert run([1.0, 2.0, 3.0, 4.0])[0] == 4.0  # carried on
+    assert run([1.0, 2.0, 3.0, 4.0]) == (4.0, "hopper-medium-v2__mopo__0__d4rl__0: normalized score 4.0 (replaces normalized score 2.0)\n")
+    (next(results.glob("*")) / "note.txt").write_text("by another code\n")
     for score, why in (
         (run([9.0]), "4000 updates"),
+        (run([1.0, 2.0, 3.0, 9.0]), "other evaluations"),  # as long, but made anew
+        (run([9.0] * 5), "other evaluations"),
+        (run([9.0] * 5, command=None), "flags that were not recorded"),
         (run([9.0] * 5, "--horizon", "1"), "other flags (none)"),
         (run([9.0] * 5, dataset={"id": "x", "source": "d4rl", "sha256": "cd" * 32, "transitions": 4_000}), "other data"),
     ):
-        assert score[0] == 4.0 and f"left out, results has one with {why}; --force" in score[1]
+        assert score[0] == 4.0 and f"left out, results has one with {why}" in score[1] and "; --force" in score[1]
+    assert next(results.glob("*/note.txt")).exists()
     benchmark.collect((tmp_path / "runs",), results, force=True)
     assert json.loads(next(results.glob("*/result.json")).read_text())["normalized_score"] == 9.0
+    assert not [*results.glob("*/note.txt")]  # it was about the other run
+    next(results.glob("*/result.json")).write_text('{"task": ')
+    with pytest.raises(UserError, match=r"result\.json: not JSON"):
+        benchmark.collect((tmp_path / "runs",), results)
     with pytest.raises(UserError, match="neither"):
         benchmark.collect((tmp_path,), results)
 
@@ -179,10 +188,16 @@ def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tm
         monkeypatch.setattr(Axes, name, lambda self, *a, name=name, plain=plain, **k: drawn.append((name, a)) or plain(self, *a, **k))
     report.plot(tmp_path / "results", tmp_path / "pictures")
     lines = [a for name, a in drawn if name == "errorbar" and len(a) == 3]  # bar() calls it as well
-    own, others = [([1.0, 16.0], [25.0, 20.0], [0, 0])], [([2.0], [13.0], [0]), ([16.0], [12.0], [0])]
+    one = pytest.approx(np.nan, nan_ok=True)  # a seed alone has no bar
+    own, others = [([1.0, 16.0], [25.0, 20.0], [one, one])], [([2.0], [13.0], [one]), ([16.0], [12.0], [one])]
     assert lines == [*own, *others, ([4.0], [30.5], [pytest.approx(0.5**0.5)])]
     assert [a for name, a in drawn if name == "axhline"] == [(8.0,), (10.0,), (10.0,), (40.0,)]
     assert (tmp_path / "pictures" / "references__hopper-medium-v2__d4rl.png").exists()
+    for folder in (tmp_path / "results").glob("*"):
+        if "--reference" in (folder / "result.json").read_text():
+            shutil.rmtree(folder)
+    report.plot(tmp_path / "results", tmp_path / "none")  # two betas of one reference are no picture
+    assert not [*(tmp_path / "none").glob("references*")]
 
 
 def test_interquartile_mean_and_its_interval():
@@ -206,7 +221,7 @@ OTHERS = [
     {"source": "bundled"}, {"scores": [2.0, 2.0]}, {"flags": ["--gamma", "0.9"]}, {"eval_episodes": 20}, {"task": "hopper-expert-v2"},
     {"dataset": {"id": "x", "source": "d4rl", "sha256": "cd" * 32, "transitions": 1}}, {"command": None},
     {"dataset": {"id": "x", "source": "d4rl", "sha256": "ab" * 32, "transitions": 1, "expert": {"sha256": "ef" * 32}}},
-    {"dataset": {"id": "x", "source": "d4rl", "sha256": "ab" * 32, "transitions": 1, "reference": "ef" * 32}},
+    {"dataset": {"id": "x", "source": "d4rl", "sha256": "ab" * 32, "transitions": 1, "reference": "ef" * 32}}, {"note": "of old"},
 ]  # fmt: skip
 
 
@@ -214,6 +229,9 @@ OTHERS = [
 def test_runs_that_differ_are_never_averaged(tmp_path, other):
     made_up(tmp_path, "cql", 0, [1.0])
     folder = made_up(tmp_path, "cql", 1, **({"scores": [2.0]} | other))
+    if "note" in other:
+        (folder / "note.txt").write_text(other["note"])
+        assert [row["flags"] for row in rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])] == ["-", "of old"]
     cells = report.cells_of([*report.results_in(tmp_path)])
     assert sorted(cell.last for cell in cells) == [[1.0], [2.0]]
     rows = [row for name, text in tables(tmp_path).items() if "hopper" in name for row in rows_of(text)]
@@ -235,6 +253,8 @@ def test_flags_that_change_no_update_do_not_divide(tmp_path):
     made_up(tmp_path, "cql", 1, [2.0], flags=["--hidden", "3", "4", "--track", "--bf16", "--dynamics_from=b", "--checkpoint-every", "7"])
     (row,) = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
     assert row["seeds"] == "0, 1" and row["flags"] == "`--bf16 --hidden 3 4`"
+    command = "armor.py --env x --bellman-weight 2 --fit-weight 1 --gamma 0.99 --model-ratio 0.5 --no-bf16 --hidden 7"  # three are defaults
+    assert report.training_flags(shlex.split(command)) == ("--beta 2", "--hidden 7")
     for script in SCRIPTS:
         assert {name.replace("_", "-") for name in importlib.import_module(script).BOOKKEEPING} <= report.UNSEEN
 
@@ -295,6 +315,12 @@ def test_check_sees_a_changed_number(page, capsys):
     page.write_text(page.read_text() + "words around the table stay\n")
     report.table(page.parent)
     assert page.read_text() == good + "words around the table stay\n"
+    made_up(page.parent, "bcq", 0, [1.0], task="maze2d-umaze-v1")
+    for folder in page.parent.glob("hopper*"):
+        shutil.rmtree(folder)
+    report.table(page.parent)  # sections come and go with the tables
+    said = page.read_text()
+    assert "## maze2d-umaze-v1__d4rl\n\n<!-- table" in said and "hopper" not in said and "words around the table stay" in said
 
 
 @pytest.mark.parametrize(
@@ -308,7 +334,7 @@ def test_check_sees_a_changed_number(page, capsys):
 def test_markers_have_to_fit(page, old, new, message):
     page.write_text(page.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=message):
-        report.table(page.parent)
+        report.table(page.parent, page)
 
 
 def test_a_result_has_to_agree_with_its_curve(tmp_path):
@@ -361,6 +387,17 @@ def test_pictures_show_the_cells_and_are_the_same_every_time(tmp_path, monkeypat
     pictures = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     assert pictures == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
     assert sorted(pictures) == [f"{stem}.{kind}" for stem in ("hopper-medium-v2__d4rl", "published__d4rl") for kind in ("png", "svg")]
+
+
+def test_bars_take_all_seeds_where_the_shortest_ended(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    for seed, scores in enumerate(([1.0, 2.0, 90.0], [1.0, 4.0], [1.0, 9.0])):
+        made_up(tmp_path / "results", "bcq", seed, scores)
+    drawn, plain = [], Axes.bar
+    monkeypatch.setattr(Axes, "bar", lambda self, *a, **k: drawn.append((a[1], k["label"])) or plain(self, *a, **k))
+    report.plot(tmp_path / "results", tmp_path / "pictures")
+    assert drawn == [([5.0], "bcq, 2 000 updates, 3 seeds")]  # not the one seed that went on
 
 
 # --- suites ---
@@ -429,12 +466,30 @@ def test_expansion(tmp_path, monkeypatch):
     assert [job.name for job in suites.expand("paper", tmp_path, seeds=(7,), extra=["--total-updates", "9"])] == [
         "hopper-medium-v2__mopo__7", "hopper-medium-v2__mbpo__7"
     ]  # fmt: skip
+    assert [len(suites.expand("paper", tmp_path, only=words)) for words in ("mbpo__5 *mopo__4", "*mopo__?")] == [3, 2]
+    assert suites.expand("smoke", tmp_path, only="__cql__", extra=["--cql-samples", "4"])  # of another script no flag
+    with pytest.raises(UserError, match=r"^romi_bcq\.py does not take its flags: Unrecognized options: --cql-samples, 4"):
+        suites.expand("smoke", tmp_path, only="bcq", extra=["--cql-samples", "4"])
     wrong = {"--gama": "does not take", "--gamma": "at most 1", "--dataset": "name it", "--seed": "see --only, --seeds"}
     for bad, message in zip((["--gama", "1"], ["--gamma", "2"], ["--dataset", "auto"], ["--seed", "1"]), wrong.values(), strict=True):
         with pytest.raises(UserError, match=message):
             suites.expand("paper", tmp_path, extra=bad)
     with pytest.raises(UserError, match="--only nothing"):
         suites.expand("paper", tmp_path, only="nothing")
+
+
+def test_what_is_missing_or_senseless_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suites.utils, "GENERATED", tmp_path)
+    jump = benchmark.RunSuite("paper", only="jump-v1__mopo__0", run_dir=tmp_path, dry_run=True)
+    benchmark.run(jump)
+    note = "note: its data have to be made first, in hours: python datasets/mujoco.py --env halfcheetah --kinds jump\n"
+    assert note in capsys.readouterr().err
+    (tmp_path / "halfcheetah_jump.hdf5").touch()
+    benchmark.run(jump)
+    assert "note: its data" not in capsys.readouterr().err
+    for name in ("jobs", "threads"):
+        with pytest.raises(UserError, match=f"--{name} 0: at least 1"):
+            benchmark.run(replace(jump, **{name: 0}))
 
 
 def test_hours_by_hand():
@@ -514,7 +569,7 @@ def starts(job):
 
 def test_finished_runs_are_skipped_and_dependent_ones_wait(fake):
     done, more, lender, borrower = fake("done"), fake("more"), fake("lender", pace=0.1), fake("borrower", after=("lender",))
-    for job, updates in ((done, 3), (more, 2)):
+    for job, updates in ((done, 4), (more, 2)):  # one has gone on beyond what is asked
         job.folder.mkdir(parents=True)
         (job.folder / "result.json").write_text(json.dumps({"updates": updates}))
     assert benchmark.work_off([done, borrower, more, lender], 3, "test") == []
