@@ -34,6 +34,7 @@ UNSEEN |= {"track", "no-track", "device", "dynamics-from", "warm-start-from", "e
 UNSEEN |= {"wandb-project-name", "wandb-entity", "wandb-group"}
 ALIASES = {"bellman-weight": "beta", "fit-weight": "lambda", "pairs-kept": "model-buffer-size"}  # armor.py takes both
 IMITATION = "__imitation"  # ends the source of runs that get demonstrations and no rewards: they have tables of their own
+SELECTION = "__selection"  # and that of runs called select_..., by which settings are chosen: they are no results
 
 
 @dataclass
@@ -125,6 +126,7 @@ def cells_of(folders):
         data, flags = result["dataset"], training_flags(result.get("command"))
         flags += ((folder / "note.txt").read_text().strip(),) if (folder / "note.txt").exists() else ()
         source = (data["source"] if data["source"] != "file" else data["id"]) + IMITATION * ("expert" in data)
+        source += SELECTION * result["algorithm"].startswith("select_")
         shas = (data["sha256"][:12], data.get("expert", {"sha256": data.get("reference", "")})["sha256"][:12])
         key = (result["task"], source, result["algorithm"], result["updates"], flags, result["eval_episodes"], *shas, normalized)
         cells.setdefault(key, Cell(*key, [])).runs.append((result, points))
@@ -135,6 +137,14 @@ def cells_of(folders):
             raise UserError(f"{cell.task}, {cell.algorithm}: two results of one seed ({seeds}) in one cell")
     order = {name: i for i, name in enumerate(PRINTED)}
     return sorted(cells.values(), key=lambda c: (c.task, c.source, order.get(c.algorithm, 99), c.algorithm, c.updates, c.flags, c.data))
+
+
+def of_one_kind(cells):
+    """The cells of one task and source in groups that differ in the number of updates alone."""
+    groups = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.algorithm, cell.flags, cell.episodes, cell.data, cell.given, cell.normalized), []).append(cell)
+    return [*groups.values()]
 
 
 def common_length(group):
@@ -226,8 +236,9 @@ def thousands(n):
 
 
 def in_words(source):
-    name = source.removesuffix(IMITATION)
-    return f"{name} data" + " without rewards, beside demonstrations" * (name != source)
+    kept = source.removesuffix(SELECTION)
+    name = kept.removesuffix(IMITATION)
+    return f"{name} data" + " without rewards, beside demonstrations" * (name != kept) + ", to choose settings by" * (kept != source)
 
 
 def code(flags):
@@ -244,10 +255,8 @@ def task_table(cells):
     referred = any("improvement" in result for cell in cells for result, _ in cell.runs)
     words = {"data": "data", "given": "experts or reference"}
     several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in words}
-    rows, alike = [], {}
-    for cell in cells:
-        alike.setdefault((cell.algorithm, cell.flags, cell.episodes, cell.data, cell.given, cell.normalized), []).append(cell)
-    for group in alike.values():
+    rows = []
+    for group in of_one_kind(cells):
         together = common_length(group)
         for cell in group + [together] * bool(together):
             tails = [np.mean([y for _, y in points[-10:]]) for _, points in cell.runs if points]
@@ -424,6 +433,31 @@ def table(results: Path = ROOT / "results", page: Path | None = None, check: boo
 # --- plot ---
 
 
+LINES = ("-", "--", ":", "-.")
+
+
+def draw_curves(axes, cells, colours):
+    """Learning curves of one task. Seeds of different length are averaged as far as all of them go; those that went on go on thinly."""
+    kinds = of_one_kind(cells)
+    for kind in kinds:
+        together = common_length(kind)
+        siblings = [other for other in kinds if other[0].algorithm == kind[0].algorithm]
+        apart = [flag for flag in kind[0].flags if not all(flag in other[0].flags for other in siblings)]
+        color = colours[kind[0].algorithm]
+        for i, cell in enumerate([together] if together else kind):
+            x = [update for update, _ in cell.runs[0][1]]
+            y = np.array([[score for _, score in points] for _, points in cell.runs])
+            label = f"{cell.algorithm}, {len(y)} seed{'s' * (len(y) > 1)}" + f", {thousands(cell.updates)}" * (len(kind) > 1)
+            label = "\n".join(textwrap.wrap(" ".join([label, *apart]), 44, break_on_hyphens=False))
+            line = LINES[(siblings.index(kind) + i) % len(LINES)]
+            axes.plot(x, y.mean(0), marker="o", markersize=3, linewidth=1.5, label=label, color=color, linestyle=line)
+            axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, linewidth=0)
+        for result, points in itertools.chain(*(cell.runs for cell in kind)) if together else ():
+            if len(rest := [(x, y) for x, y in points if x >= together.updates]) > 1:
+                label, line = f"{result['algorithm']}, seed {result['seed']}", LINES[result["seed"] % len(LINES)]
+                axes.plot(*zip(*rest, strict=True), linewidth=0.8, color=color, linestyle=line, label=label)
+
+
 def plot(results: Path = ROOT / "results", out: Path | None = None):
     """Pictures of all results, PNG and SVG: learning curves of each task and data source (line: mean, band: smallest to largest
     over seeds), and last evaluations beside published numbers.
@@ -441,10 +475,11 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
     out = out or (ROOT / "figures" if results.resolve() == ROOT / "results" else results / "figures")
     out.mkdir(parents=True, exist_ok=True)
     every_cell = cells_of(results_in(results))
-    cells = [cell for cell in every_cell if cell.reference is None]
+    cells = [cell for cell in every_cell if cell.reference is None and not cell.source.endswith(SELECTION)]
 
     everything = [*PRINTED, *sorted({cell.algorithm for cell in cells} - PRINTED.keys())]
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(everything)}  # the same in every picture
+    palette = [colour for name in ("tab20", "Dark2", "Set2") for colour in plt.get_cmap(name).colors]
+    colours = dict(zip(everything, itertools.cycle(palette), strict=False))  # the same in every picture
 
     def save(figure, name):
         figure.savefig(out / f"{name}.png", dpi=110, metadata={"Software": None})
@@ -455,15 +490,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
     for (task, source), group in itertools.groupby(cells, lambda cell: (cell.task, cell.source)):
         group = [cell for cell in group if cell.last]
         figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-        for cell in group:
-            x = [update for update, _ in cell.runs[0][1]]
-            y = np.array([[score for _, score in points] for _, points in cell.runs])
-            same = [other for other in group if other.algorithm == cell.algorithm]
-            label = f"{cell.algorithm}, {len(y)} seed{'s' * (len(y) > 1)}"
-            label += f", {thousands(cell.updates)} {' '.join(cell.flags)}"[:60] if len(same) > 1 else ""
-            style = {"color": colours[cell.algorithm], "linestyle": ("-", "--", ":", "-.")[same.index(cell) % 4]}
-            axes.plot(x, y.mean(0), marker="o", markersize=3, linewidth=1.5, label=label, **style)
-            axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
+        draw_curves(axes, group, colours)
         unit = "normalized score" if group and group[0].normalized else "return"
         axes.set(title=f"{task} ({in_words(source)})", xlabel="gradient updates", ylabel=unit)
         axes.grid(alpha=0.3)
@@ -499,13 +526,10 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         save(figure, f"references__{task.replace('/', '-')}__{source}")
 
     for source in sorted({cell.source for cell in cells}):
-        chosen, alike = {}, {}  # of an algorithm on a task the most seeds, of those the longest runs
-        for cell in cells:
-            if cell.source == source and cell.normalized and cell.last:
-                alike.setdefault((cell.task, cell.algorithm, cell.flags, cell.episodes, cell.data, cell.given), []).append(cell)
-        together = [cell for cell in map(common_length, alike.values()) if cell]
-        for cell in sorted([*itertools.chain(*alike.values()), *together], key=lambda cell: (len(cell.last), cell.updates)):
-            chosen[cell.task, cell.algorithm] = cell
+        chosen, groups = {}, of_one_kind([cell for cell in cells if cell.source == source and cell.normalized and cell.last])
+        together = [cell for cell in map(common_length, groups) if cell]
+        for cell in sorted([*itertools.chain(*groups), *together], key=lambda cell: (len(cell.last), cell.updates)):
+            chosen[cell.task, cell.algorithm] = cell  # the most seeds, of those the longest runs
         if not chosen:
             continue
         tasks, names = sorted({t for t, _ in chosen}), [name for name in everything if any(name == a for _, a in chosen)]

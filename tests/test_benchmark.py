@@ -389,15 +389,26 @@ def test_pictures_show_the_cells_and_are_the_same_every_time(tmp_path, monkeypat
     assert sorted(pictures) == [f"{stem}.{kind}" for stem in ("hopper-medium-v2__d4rl", "published__d4rl") for kind in ("png", "svg")]
 
 
-def test_bars_take_all_seeds_where_the_shortest_ended(tmp_path, monkeypatch):
+def test_pictures_take_all_seeds_where_the_shortest_ended(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     for seed, scores in enumerate(([1.0, 2.0, 90.0], [1.0, 4.0], [1.0, 9.0])):
         made_up(tmp_path / "results", "bcq", seed, scores)
-    drawn, plain = [], Axes.bar
-    monkeypatch.setattr(Axes, "bar", lambda self, *a, **k: drawn.append((a[1], k["label"])) or plain(self, *a, **k))
+    made_up(tmp_path / "results", "select_b1", 10, [1.0, 50.0])  # no result: a table of its own, and no picture
+    drawn = []
+    for name in ("bar", "plot"):
+        plain = getattr(Axes, name)
+        monkeypatch.setattr(
+            Axes, name, lambda self, *a, plain=plain, **k: drawn.append((*map(list, a[:2]), k["label"])) or plain(self, *a, **k)
+        )
     report.plot(tmp_path / "results", tmp_path / "pictures")
-    assert drawn == [([5.0], "bcq, 2 000 updates, 3 seeds")]  # not the one seed that went on
+    assert drawn == [
+        ([1000, 2000], [1, 5], "bcq, 3 seeds, 2 000"), ([2000, 3000], [2, 90], "bcq, seed 0"),  # the one seed that went on
+        ([0.0], [5.0], "bcq, 2 000 updates, 3 seeds"),
+    ]  # fmt: skip
+    made = tables(tmp_path / "results")
+    assert "select_b1" in made["hopper-medium-v2__d4rl__selection"] and "select_b1" not in made["hopper-medium-v2__d4rl"]
+    assert "on d4rl data, to choose settings by, " in made["hopper-medium-v2__d4rl__selection"]
 
 
 # --- suites ---
