@@ -278,6 +278,8 @@ def run(args: RunSuite):
     done = [job for job in jobs if job.updates and job.name not in failed]
     for name, text in report.tables([job.folder for job in done]).items():
         print(f"\n### {name}\n\n{text}")
+    if args.suite == "smoke":
+        print("\ntoy sizes: that these runs ended is all that their scores say")
     minutes = f"{(time.time() - begin) / 60:.1f} minutes"
     print(f"{len(done)} of {sum(bool(job.updates) for job in jobs)} runs of the suite {args.suite} are finished; {minutes}")
     if failed:
@@ -454,7 +456,7 @@ def collect(folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = RO
 
     A result that is there already gives way to the same run carried on, and to another one (other data or flags, fewer updates)
     only with --force. Tables and pictures of your own runs alone: `table --results runs`, `plot --results runs`."""
-    for folder in folders or ((ROOT / "runs",) if (ROOT / "runs").is_dir() else ()):
+    for folder in folders or (ROOT / "runs",):
         runs = [folder] if is_run(folder) else sorted(filter(is_run, folder.glob("*")))
         if not runs:
             raise UserError(f"{folder}: neither the folder of a run nor a folder of such folders")

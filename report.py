@@ -401,7 +401,9 @@ def with_sections(page, made):
 def results_in(results):
     folders = sorted(file.parent for file in results.glob("*/result.json"))
     if not folders:
-        raise UserError(f"{results}: no finished run there; see `python benchmark.py run` and `collect`")
+        below = sorted({str(file.parents[1]) for file in results.glob("*/*/result.json")})
+        hint = f"but in {', '.join(below)}" if below else "see `python benchmark.py run` and `collect`"
+        raise UserError(f"{results}: no finished run there; {hint}")
     return folders
 
 

@@ -154,6 +154,8 @@ def test_collect_replaces_a_result_by_the_same_run_only(tmp_path, capsys):
         benchmark.collect((tmp_path / "runs",), results)
     with pytest.raises(UserError, match="neither"):
         benchmark.collect((tmp_path,), results)
+    with pytest.raises(UserError, match=f"no finished run there; but in {results}"):
+        report.table(tmp_path)
 
 
 def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tmp_path, monkeypatch):
