@@ -28,7 +28,7 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      returns, 550 on hopper, the predicted reward follows the critics: its error rose from 0.03 to 2.0 in 400 updates (a trial).
   3. M is one member of MOPO's ensemble (arXiv:2005.13239; 4 layers of 200, learnt variance), R_M the mean of its reward output.
      Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps). E_D leaves these out as well, so that they
-     tell whether the game harms the model. Weight decay stays on, as strong against the data fit as it was (with lambda = 1); the
+     tell whether the game harms the model. Weight decay stays on, as strong against the data fit as it was (lambda = 1, beta >= 1); the
      bounds of the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full
      length the fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per
      row).
@@ -60,6 +60,7 @@ What the poster leaves open, and what is done here. "unverified": said to be the
 
 import copy
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -84,7 +85,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, where a copy has its utils.py
-from utils import UserError, evaluate, file_sha256, load_dataset, make_env, normalized_score, parse_task
+from utils import UserError, evaluate, load_dataset, make_env, normalized_score, parse_task
 
 
 @dataclass
@@ -156,6 +157,7 @@ class Args:
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
+BOOKKEEPING |= {"dataset"}  # their contents count, not how they were asked for
 BOOKKEEPING |= {"warm_start_from"}
 ADDED = {"bf16", "dynamics_bf16"}  # flags younger than the first runs: one that was begun without them goes on with the default
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "gamma", "dynamics_weight_decay", "dynamics_patience", "rollout_margin"}
@@ -167,6 +169,7 @@ def resolve(args, task):
     tuned = {"horizon": task.max_steps, "reference": "bc" if args.model_ratio > 0 else "data"}
     tuned["clone"] = "data" if args.reference in (None, "bc", "data") else "reference"
     args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
+    args = replace(args, reference=os.path.normpath(args.reference).removesuffix(f"{os.sep}checkpoint.pt"))  # one run, one spelling
     for name, value in asdict(args).items():
         for v in value if isinstance(value, tuple) else (value,):
             flag = f"--{name.replace('_', '-')} {v}"
@@ -184,8 +187,8 @@ def resolve(args, task):
         raise UserError(f"--model-ratio {args.model_ratio}: {args.batch_size} rows need some real and some imagined ones; 0: no model")
     if num_model and args.pairs_kept < 2 * (args.batch_size - num_model):
         raise UserError(f"--pairs-kept {args.pairs_kept}: one update adds {2 * (args.batch_size - num_model)} pairs")
-    if not args.warm_start_updates and args.reference == "bc":
-        raise UserError("--warm-start-updates 0: --reference bc is the clone that the warm start makes; give a run's folder")
+    if not args.warm_start_updates and args.reference in ("bc", "data"):
+        raise UserError("--warm-start-updates 0: the reference is the clone of the data that the warm start makes; give a run's folder")
     if num_model and args.reference == "data":
         raise UserError("--reference data: imagined states have no actions of the data; give bc, a run's folder, or --model-ratio 0")
     if args.clone == "reference" and args.reference in ("bc", "data"):
@@ -211,8 +214,10 @@ class Run:
         self.config = json.loads(json.dumps(config)) | {"wandb_id": uuid.uuid4().hex[:8]}
         self.state, self.evals, self.elapsed, self.wandb, self.finished = {}, [], 0.0, None, False
         result = self.folder / "result.json"
-        if (self.folder / "config.json").exists():
+        if (self.folder / "checkpoint.pt").exists() or result.exists():  # where nothing is saved yet, settings may change
             old = json.loads((self.folder / "config.json").read_text())
+            if (script := old["command"][0]) != self.config["command"][0]:
+                raise UserError(f"{self.folder} holds a run of {script}; give another --run-dir or --exp-name")
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
             now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
@@ -223,7 +228,7 @@ class Run:
             if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
-            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.state = load_checkpoint(self.folder / "checkpoint.pt")
             self.evals, self.elapsed = self.state["evals"], self.state["elapsed"]
             if self.state["phase"] == "policy" and self.state["step"] > args.total_updates:
                 raise UserError(f"--total-updates {args.total_updates}: {self.folder} has {self.state['step']} updates already")
@@ -323,21 +328,29 @@ class Run:
 
             self.write(f"{name}.png", lambda f: draw_trajectories(self.task.kind.split("-")[0], trajectories[:100], f))
 
-    def finish(self, updates, sps):
+    def finish(self, updates, sps, **more):
         last = self.evals[-1] if self.evals else dict.fromkeys(("return", "return_std", "normalized_score"))
         tail = [e["normalized_score"] for e in self.evals[-10:] if e["normalized_score"] is not None]
         result = {"task": self.task.id, "algorithm": self.args.exp_name, "seed": self.args.seed, "updates": updates}
         result |= {"normalized_score": last["normalized_score"], "normalized_score_last_10": sum(tail) / len(tail) if tail else None}
         result |= {"return_mean": last["return"], "return_std": last["return_std"], "eval_episodes": self.args.eval_episodes}
         result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
-        result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
+        result |= more | {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
         columns = list(self.evals[-1]) if self.evals else []
         rows = [[e.get(k) for k in columns] for e in self.evals]  # a run may have begun before a column existed
         self.to_wandb(lambda run: run.log({"evaluations": sys.modules["wandb"].Table(columns, rows)}))
         self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
         score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
+        score += [f"{name.replace('_', ' ')} {value:.1f}" for name, value in more.items()]
         print(f"{self.folder}: {', '.join(score) or 'not evaluated'}")
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever the bytes of a damaged file lead to
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:80]})") from None
 
 
 def pick_device(name):
@@ -475,7 +488,10 @@ def given_reference(args, data):
     have, want = (reference.net[0].in_features, reference.net[-1].out_features // 2), (data.obs.shape[1], data.act.shape[1])
     if have != want:
         raise UserError(f"{flag} its states and actions have {have} entries, those of the data {want}; is it a run of another task?")
-    data.more_facts["reference"] = file_sha256(path)  # into config.json: a run does not go on with another reference
+    weights = b"".join(w.contiguous().numpy().tobytes() for w in reference.state_dict().values())
+    data.more_facts["reference"] = hashlib.sha256(weights).hexdigest()  # into config.json: a run does not go on with another one
+    if not (path.parent / "result.json").exists():
+        print(f"note: {flag} is not finished; if it trains on, this run cannot be resumed (a copy of its folder would do)", file=sys.stderr)
     return reference
 
 
@@ -620,7 +636,7 @@ def model_of_another_run(args, key):
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there (a run that has its model goes on without the flag)")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_checkpoint(path)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
     theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
@@ -952,9 +968,9 @@ def warm_start_of_another_run(args, key):
     flag, path = f"--warm-start-from {args.warm_start_from}:", Path(args.warm_start_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{flag} no checkpoint.pt there (a run that is past its warm start goes on without the flag)")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_checkpoint(path)
     if "warm_start_key" not in state:
-        raise UserError(f"{flag} its warm start is not over (or the run is older than this flag)")
+        raise UserError(f"{flag} its warm start is not over, or it is no run of armor.py")
     theirs = state["warm_start_key"]
     if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
         raise UserError(f"{flag} its warm start has another {', '.join(differ)}")
@@ -1105,12 +1121,14 @@ def main(args):
             run.save("policy", step, agent=agent.state_dict(), rollouts=rollouts.state_dict() if num_model else None)
     bar.close()
     trained = step - begin[0]  # in this process; nothing is left where a run was killed just before its end
-    run.finish(step, trained / (time.time() - begin[1]) if trained else step / (run.elapsed + 1e-9))
+    gain = {"improvement": run.evals[-1]["return"] - run.state["reference_return"]} if run.evals else {}
+    more = {"reference_return": run.state["reference_return"]} | gain if args.eval_episodes else {}
+    run.finish(step, trained / (time.time() - begin[1]) if trained else step / (run.elapsed + 1e-9), **more)
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
+        main(tyro.cli(Args, description=__doc__.split("\n")[0] + " Equations and symbols: the docstring at the top of the file."))
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ trajectories?". Files are the code's, the learner's CORL's.
   reverse model    s = T(s', a), mean of 7 networks          squared error on D^E u D^S             l. 1-3   DynamicsModel.py
   reverse policy   pi_r(a|s'): uniform, or a CVAE            variational bound on D^E u D^S         l. 4-6   ReverseBC.py
   confidence       Conf(s) = pi(E[a|s] | s)                  the policy's density at its mean action
-  goals            G = {s : Conf(s) >= c} u D^E              c: of expert states, a quantile or,    l. 8     sra_iql.py
+  goals            G = {s : Conf(s) > c} u D^E              c: of expert states, a quantile or,    l. 8     sra_iql.py
                                                              as on the slides, the mean (Eq. 4)
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)      h steps back from the goals (Eq. 2),   l. 9     ReverseAugmentation.py
                    D^R: kept with weights 1 / Conf(s)        where the policy is unsure (Eq. 5)     l. 10
@@ -187,6 +187,7 @@ SETTINGS = {
 # Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
+BOOKKEEPING |= {"dataset", "expert_dataset"}  # their contents count, not how they were asked for
 ADDED = {"bf16", "dynamics_bf16"}  # flags younger than the first runs: one that was begun without them goes on with the default
 MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "kl_weight", "gamma", "warmup", "rollout_rows", "threshold_quantile"}
 MAY_BE_ZERO |= {"expert_starts", "new_ratio", "learning_rate_drop", "cosine_updates", "weight_decay", "bc_weight"}
@@ -247,8 +248,10 @@ class Run:
         self.config = json.loads(json.dumps(config)) | {"wandb_id": uuid.uuid4().hex[:8]}
         self.state, self.evals, self.elapsed, self.wandb, self.finished = {}, [], 0.0, None, False
         result = self.folder / "result.json"
-        if (self.folder / "config.json").exists():
+        if (self.folder / "checkpoint.pt").exists() or result.exists():  # where nothing is saved yet, settings may change
             old = json.loads((self.folder / "config.json").read_text())
+            if (script := old["command"][0]) != self.config["command"][0]:
+                raise UserError(f"{self.folder} holds a run of {script}; give another --run-dir or --exp-name")
             self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
             now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} for c in (self.config, old))
             now["device"], then["device"] = self.config["device"], old["device"]
@@ -259,7 +262,7 @@ class Run:
             if differ:
                 raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
         if (self.folder / "checkpoint.pt").exists():
-            self.state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.state = load_checkpoint(self.folder / "checkpoint.pt")
             self.evals, self.elapsed = self.state["evals"], self.state["elapsed"]
             if self.state["phase"] == "policy" and self.state["step"] > args.total_updates:
                 raise UserError(f"--total-updates {args.total_updates}: {self.folder} has {self.state['step']} updates already")
@@ -359,21 +362,29 @@ class Run:
 
             self.write(f"{name}.png", lambda f: draw_trajectories(self.task.kind.split("-")[0], trajectories[:100], f))
 
-    def finish(self, updates, sps):
+    def finish(self, updates, sps, **more):
         last = self.evals[-1] if self.evals else dict.fromkeys(("return", "return_std", "normalized_score"))
         tail = [e["normalized_score"] for e in self.evals[-10:] if e["normalized_score"] is not None]
         result = {"task": self.task.id, "algorithm": self.args.exp_name, "seed": self.args.seed, "updates": updates}
         result |= {"normalized_score": last["normalized_score"], "normalized_score_last_10": sum(tail) / len(tail) if tail else None}
         result |= {"return_mean": last["return"], "return_std": last["return_std"], "eval_episodes": self.args.eval_episodes}
         result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
-        result |= {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
+        result |= more | {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
         self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
         columns = list(self.evals[-1]) if self.evals else []
         rows = [[e.get(k) for k in columns] for e in self.evals]  # a run may have begun before a column existed
         self.to_wandb(lambda run: run.log({"evaluations": sys.modules["wandb"].Table(columns, rows)}))
         self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
         score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
+        score += [f"{name.replace('_', ' ')} {value:.1f}" for name, value in more.items()]
         print(f"{self.folder}: {', '.join(score) or 'not evaluated'}")
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever the bytes of a damaged file lead to
+        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:80]})") from None
 
 
 def pick_device(name):
@@ -658,7 +669,7 @@ def model_of_another_run(args, key):
     path = Path(args.dynamics_from) / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there (a run that has its model goes on without the flag)")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_checkpoint(path)
     if "model_key" not in state:
         raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
     theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
@@ -959,7 +970,7 @@ def main(args):
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     run = Run(args, task, data, device)
     if run.finished:
-        return print(f"{run.folder} is finished; more --total-updates would carry it on")
+        return print(f"{run.folder} is finished (rates and rounds depend on --total-updates: more are another run)")
     torch.set_num_threads(args.num_threads)
     keep_freed_memory()
     if args.compile:
@@ -1017,7 +1028,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
+        main(tyro.cli(Args, description=__doc__.split("\n")[0] + " Equations and symbols: the docstring at the top of the file."))
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:

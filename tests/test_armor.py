@@ -620,6 +620,7 @@ def test_settings():
         ("--reference", "data"),
         ("--clone", "reference"),
         ("--warm-start-updates", "0"),
+        ("--warm-start-updates", "0", "--model-ratio", "0"),
         ("--pairs-kept", "255"),
         ("--target-weight", "1.1"),
         ("--beta", "-1"),
@@ -630,7 +631,7 @@ def test_settings():
         with pytest.raises(UserError):
             resolved(*flags)
     assert resolved("--model-buffer-size", "256").pairs_kept == 256
-    assert resolved("--warm-start-updates", "0", "--reference", "runs/x").warm_start_updates == 0
+    assert resolved("--warm-start-updates", "0", "--reference", "runs/x/").reference == "runs/x"
     assert resolved().clone == "data" and resolved("--reference", "runs/x").clone == "reference"
 
 
@@ -746,7 +747,7 @@ def test_atac_begins_where_armor_begins_and_is_resumed(whole, data_file, tmp_pat
     assert not any(k.startswith("model/") and k != "model/warm_start_update" for row in metrics(folder) for k in row)
 
 
-def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_path, monkeypatch, capsys):  # noqa: F811
     given = shutil.copytree(whole, tmp_path / "given")
     flags = ("--reference", str(given), "--exp-name", "second", "--total-updates", "20", "--clone", "reference")
     theirs, asked, cloned, used = torch.load(whole / "checkpoint.pt", weights_only=True)["agent"]["policy"], [], [], []
@@ -767,12 +768,22 @@ def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_pat
     for k in ("return", "discounted_return"):  # as that run evaluated itself
         last = [r[f"eval/{k}"] for r in metrics(whole) if f"eval/{k}" in r][-1]
         assert [r[f"reference/{k}"] for r in metrics(folder) if f"reference/{k}" in r] == [last]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["reference_return"] == [r["reference/return"] for r in metrics(folder) if "reference/return" in r][-1]
+    assert result["improvement"] == result["return_mean"] - result["reference_return"]
     other = folder_of(tmp_path, "second") / "checkpoint.pt"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(UserError, match="another --reference"):
         here(data_file, tmp_path, *flags[:1], str(other), *flags[2:])
     state = torch.load(given / "checkpoint.pt", weights_only=True)
     saved(given, state | {"step": 41})
+    (given / "result.json").unlink()
+    capsys.readouterr()
+    here(data_file, tmp_path, flags[0], f"{given}/checkpoint.pt", *flags[2:])  # the same policy, by another name
+    said = "".join(capsys.readouterr())
+    assert "second__0__small is finished" in said and "is not finished; if it trains on, this run cannot be resumed" in said
+    next(iter(state["agent"]["policy"].values())).mul_(1.01)
+    saved(given, state)
     with pytest.raises(UserError, match="another reference file;"):  # not: another data file
         here(data_file, tmp_path, *flags)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -158,6 +158,25 @@ def test_finished_run_is_left_alone_and_more_updates_carry_it_on(script, whole, 
     assert not [k for k in x if not torch.equal(x[k], y[k])]
 
 
+def test_whose_run_a_folder_holds(data_file, tmp_path):
+    folder = folder_of(tmp_path, "mopo")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"args": {"gamma": 0.5}}')  # interrupted before its first checkpoint: settings may change
+    (folder / "metrics.jsonl").touch()
+    done = run("mopo", data_file, tmp_path)
+    assert done.returncode == 0, done.stderr
+    respelt = run("mopo", f"{data_file.parent}/../{data_file.parent.name}/{data_file.name}", tmp_path)
+    assert respelt.returncode == 0 and "is finished" in respelt.stdout
+    config, whole = (folder / "config.json").read_text(), (folder / "checkpoint.pt").read_bytes()
+    (folder / "config.json").write_text(config.replace('"mopo.py"', '"combo.py"'))
+    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    other = run("mopo", data_file, tmp_path)
+    assert other.returncode == 2 and "holds a run of combo.py; give another --run-dir" in other.stderr
+    (folder / "config.json").write_text(config)
+    damaged = run("mopo", data_file, tmp_path)
+    assert damaged.returncode == 2 and damaged.stderr.startswith("error:") and "checkpoint.pt: cannot be read (" in damaged.stderr
+
+
 def test_two_processes_do_not_train_in_one_folder(script, whole, data_file, tmp_path):
     import fcntl
 

@@ -526,7 +526,7 @@ def test_settings_of_the_tasks():
 
 def test_names_of_runs_without_the_model(capsys):
     assert resolved("maze2d-umaze", model_ratio=0.0).exp_name == "uds_iql"
-    assert resolved("maze2d-umaze", iql_weight=0.0).exp_name == "bc" and resolved("maze2d-umaze", iql_weight=0.0).model_ratio == 0
+    assert resolved("maze2d-umaze", iql_weight=0.0).exp_name == "bc_expert" and resolved("maze2d-umaze", iql_weight=0.0).model_ratio == 0
     assert not capsys.readouterr().err
     late = resolved("hopper-medium", total_updates=200_000)
     assert late.exp_name == "uds_iql" and "note: --warmup 200000 covers all" in capsys.readouterr().err
@@ -822,7 +822,7 @@ def test_behaviour_cloning_run(data_file, tmp_path):  # noqa: F811
     flags = ("--iql-weight", "0", "--eval-episodes", "0")
     folder = here(data_file, tmp_path, *flags)
     last = metrics(folder)[-1]
-    assert folder.name == NAME.format("bc") and {k for k in last if "/" in k} == {"losses/policy", "losses/clone"}
+    assert folder.name == NAME.format("bc_expert") and {k for k in last if "/" in k} == {"losses/policy", "losses/clone"}
     torch.manual_seed(3)
     args = m.resolve(tyro.cli(m.Args, args=flags_for(data_file, tmp_path, *flags)), parse_task("hopper-medium"))
     first, last = m.IQL(m.Normalizer(torch.zeros(2, 11)), 11, 3, args, CPU).state_dict(), torch.load(folder / "checkpoint.pt")["agent"]
