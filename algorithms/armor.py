@@ -490,7 +490,7 @@ def given_reference(args, data):
         raise UserError(f"{flag} its states and actions have {have} entries, those of the data {want}; is it a run of another task?")
     weights = b"".join(w.contiguous().numpy().tobytes() for w in reference.state_dict().values())
     data.more_facts["reference"] = hashlib.sha256(weights).hexdigest()  # into config.json: a run does not go on with another one
-    if not (path.parent / "result.json").exists():
+    if (path.parent / "config.json").exists() and not (path.parent / "result.json").exists():
         print(f"note: {flag} is not finished; if it trains on, this run cannot be resumed (a copy of its folder would do)", file=sys.stderr)
     return reference
 
