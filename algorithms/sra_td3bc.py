@@ -10,7 +10,7 @@ and "How to generate reverse trajectories?". Files are the code's, the learner's
   reverse model    s = T(s', a), mean of 7 networks          squared error on D^E u D^S             l. 1-3   DynamicsModel.py
   reverse policy   pi_r(a|s'): uniform, or a CVAE            variational bound on D^E u D^S         l. 4-6   ReverseBC.py
   confidence       Conf(s) = pi_c(E[a|s] | s)                density of a second policy at its mean action (12)
-  goals            G = {s : Conf(s) > c} u D^E              c: of expert states, a quantile or,    l. 8     sra_iql.py
+  goals            G = {s : Conf(s) > c} u D^E               c: of expert states, a quantile or,    l. 8     sra_iql.py
                                                              as on the slides, the mean (Eq. 4)
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)      h steps back from the goals (Eq. 2),   l. 9     ReverseAugmentation.py
                    D^R: kept with weights 1 / Conf(s)        where pi_c is unsure (Eq. 5)     l. 10
