@@ -220,8 +220,10 @@ def file_sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def load_dataset(task, source="auto", check_widths=True):
+def load_dataset(task, source="auto", check_widths=True, rewards=True):
     """Dataset of `task` from `source`: auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout.
+
+    rewards: whether they are needed; if not, a file may lack them, and `rew` is 0.
 
     Episode ends. A terminal does not bootstrap (terminated = 1), a time limit does. The successor of a row is its
     `next_observations` entry where the file has them, else the next row of the same episode. Without `next_observations`
@@ -233,7 +235,7 @@ def load_dataset(task, source="auto", check_widths=True):
     if kind == "minari":
         data = _read_minari(path)
     else:
-        data = _read_hdf5(Path(path), task)
+        data = _read_hdf5(Path(path), task, rewards)
         data.sha256 = file_sha256(path)
         data.id = task.id if kind == "d4rl" else Path(path).stem
     data.source, data.path = kind, str(path)
@@ -241,7 +243,7 @@ def load_dataset(task, source="auto", check_widths=True):
         for name, have, want in zip(("observations", "actions"), (data.obs, data.act), WIDTHS[task.domain], strict=True):
             if have.shape[1] != want:
                 raise UserError(f"{path}: {name} have {have.shape[1]} entries, {task.id} has {want}; is it the file of another task?")
-    if task.kind in RELABELLED:
+    if task.kind in RELABELLED and rewards:
         act, next_obs, rew = (x[data.has_next].double().numpy() for x in (data.act, data.next_obs, data.rew))
         if not np.allclose(relabelled_reward(task.kind, act, next_obs), rew, atol=1e-2):
             raise UserError(f"{path}: its rewards are not those of {task.id}; write utils.relabelled_reward of its rows into them")
@@ -259,11 +261,11 @@ def load_expert(task, source, trajectories, data):
             path = GENERATED / f"maze2d_{task.kind.replace('-', '_')}_expert.hdf5"
             if not path.exists():
                 _generate_maze2d(task, path, "--expert")
-            expert = replace(load_dataset(task, str(path)), source="generated")
+            expert = replace(load_dataset(task, str(path), rewards=False), source="generated")
         elif source not in ("auto", "d4rl", "bundled", "generated"):
-            expert = load_dataset(task, source)
+            expert = load_dataset(task, source, rewards=False)
         elif f"{task.domain}-expert-v2" in TASKS and task.file:
-            expert = load_dataset(TASKS[f"{task.domain}-expert-v2"], source)
+            expert = load_dataset(TASKS[f"{task.domain}-expert-v2"], source, rewards=False)
         else:
             auto = "auto, " if task.domain == "maze2d" else ""
             raise UserError(f"--dataset {source}: there are no demonstrations for {task.id}; give {auto}a Minari id or the path of a file")
@@ -380,7 +382,7 @@ def _npz_as_hdf5(path):
         raise OSError(e) from None
 
 
-def _read_hdf5(path, task):
+def _read_hdf5(path, task, rewards=True):
     bad = f"{path}: "
     try:
         f = _npz_as_hdf5(path) if path.suffix == ".npz" else h5py.File(path, "r")
@@ -413,10 +415,11 @@ def _read_hdf5(path, task):
 
         obs = read("observations", np.float32, 2)
         act = read("actions", np.float32, 2)
-        rew = read("rewards", np.float32, 1)
+        rew = read("rewards", np.float32, 1, required=rewards)
         terminals = read("terminals", bool, 1)
         timeouts = read("timeouts", bool, 1, required=False)
         next_obs = read("next_observations", np.float32, 2, required=False)
+    rew = np.zeros(len(obs), np.float32) if rew is None else rew
     arrays = {"observations": obs, "actions": act, "rewards": rew, "terminals": terminals}
     arrays |= {k: v for k, v in (("timeouts", timeouts), ("next_observations", next_obs)) if v is not None}
     lengths = {k: len(v) for k, v in arrays.items()}

@@ -939,7 +939,7 @@ def main(args):
     task = parse_task(args.env)
     args = resolve(args, task)
     device = pick_device(args.device)
-    data = load_dataset(task, args.dataset)
+    data = load_dataset(task, args.dataset, rewards=False)
     expert = load_expert(task, args.expert_dataset, args.expert_trajectories, data)
     for flag, few in (("dataset", transitions(data).sum() < 10), ("expert-dataset", transitions(expert).sum() < 10)):
         if few:

@@ -640,6 +640,23 @@ def test_an_npz_file_is_read_like_an_hdf5_file(tmp_path, data_file):  # noqa: F8
     assert len(columns) == 7 and all(getattr(a, c).equal(getattr(b, c)) for c in columns)
 
 
+def without_rewards(data_file, path):  # noqa: F811
+    with h5py.File(data_file) as f, h5py.File(path, "w") as g:
+        for k in f.keys() - {"rewards"}:
+            g[k] = f[k][()]
+    return path
+
+
+def test_files_without_rewards_are_read(tmp_path, data_file):  # noqa: F811
+    bare, task = str(without_rewards(data_file, tmp_path / "bare.hdf5")), parse_task("hopper-medium")
+    a, b = load_dataset(task, str(data_file)), load_dataset(task, bare, rewards=False)
+    assert a.rew.any() and not b.rew.any() and len(a) == len(b) and a.next_obs.equal(b.next_obs)
+    assert load_dataset(task, str(data_file), rewards=False).rew.equal(a.rew)
+    assert len(load_expert(task, bare, 2, b)) == len(load_expert(task, str(data_file), 2, a))
+    with pytest.raises(UserError, match="has no array 'rewards'"):  # what learns from rewards does not take zeros for them
+        load_dataset(task, bare)
+
+
 # --- runs ---
 
 SMALL = [
@@ -820,7 +837,7 @@ def test_denormal_numbers_are_flushed(data_file, tmp_path):  # noqa: F811
 
 def test_behaviour_cloning_run(data_file, tmp_path):  # noqa: F811
     flags = ("--iql-weight", "0", "--eval-episodes", "0")
-    folder = here(data_file, tmp_path, *flags)
+    folder = here(without_rewards(data_file, tmp_path / data_file.name), tmp_path, *flags)
     last = metrics(folder)[-1]
     assert folder.name == NAME.format("bc_expert") and {k for k in last if "/" in k} == {"losses/policy", "losses/clone"}
     torch.manual_seed(3)

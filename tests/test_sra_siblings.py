@@ -14,7 +14,7 @@ import sra_iql
 import torch
 import tyro
 from test_runs import assert_same_run, data_file, leaves, metrics  # noqa: F401 - a fixture among them
-from test_sra_iql import ARGS, NAME, batch, flags_for
+from test_sra_iql import ARGS, NAME, batch, flags_for, without_rewards
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from utils import UserError, load_dataset, load_expert, parse_task
@@ -572,7 +572,7 @@ def test_a_run_cut_and_resumed_equals_a_run_left_alone(script, data_file, tmp_pa
 
 def test_without_augmentation_it_is_the_learner_alone_bit_for_bit(script, data_file, tmp_path):  # noqa: F811
     m, flags = importlib.import_module(script), ("--eval-episodes", "0", "--model-ratio", "0")
-    control = here(script, data_file, tmp_path, *flags)
+    control = here(script, without_rewards(data_file, tmp_path / data_file.name), tmp_path, *flags)
     assert control.name == NAME.format(script.replace("sra_", "uds_"))
     assert not any(k.startswith(("model/", "eval/")) for row in metrics(control) for k in row)
     task = parse_task("hopper-medium")
