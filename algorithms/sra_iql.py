@@ -89,7 +89,7 @@ from utils import UserError, evaluate, load_dataset, load_expert, make_env, norm
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "maze2d-umaze"  # D4RL task (version optional) or Minari id
-    exp_name: str | None = None  # None: sra_iql; uds_iql without imagined data; bc without IQL
+    exp_name: str | None = None  # None: sra_iql; uds_iql without imagined data; bc_expert without IQL
     seed: int = 0
     total_updates: int | None = None  # gradient updates of the learner; None: the task's value
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
