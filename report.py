@@ -548,7 +548,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             diamonds += [(x, found[0]["mean"]) for x, cell in where if (found := published(cell.task, name, True))]
         if diamonds:
             axes.plot(*zip(*diamonds, strict=True), "kD", markersize=5, label="published, D4RL's data")
-        axes.set(title=f"last evaluation ({in_words(source)})", ylabel="normalized score", xticks=range(len(tasks)), xticklabels=tasks)
+        axes.set(title=f"last evaluation\n({in_words(source)})", ylabel="normalized score", xticks=range(len(tasks)), xticklabels=tasks)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         figure.legend(fontsize=8, title="mean and standard deviation over seeds", title_fontsize=8, loc="outside right upper")
