@@ -15,7 +15,7 @@ trajectories?". Files are the code's, the learner's CORL's.
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)      h steps back from the goals (Eq. 2),   l. 9     ReverseAugmentation.py
                    D^R: kept with weights 1 / Conf(s)        where the policy is unsure (Eq. 5)     l. 10
   labels           reward 1 on D^E, 0 on D^S and D^R         as UDS does                            l. 11    sra_iql.py
-  learner          alpha: -log alpha (log pi(a~|s) + H)       a~ ~ pi(.|s), H: minus dim A           SAC-N         sac_n.py
+  learner          alpha: -log alpha (log pi(a~|s) + H)       a~ ~ pi(.|s), H: minus 3.5 dim A       SAC-N         sac_n.py
                    pi: E[alpha log pi(a~|s) - min_j Q_j(s, a~)] - E_DE[log pi]                       j, k = 1 ... N
                    Q: (Q_j - r - gamma (min_k Q'_k(s', a') - alpha log pi(a'|s')))^2                 a' ~ pi(.|s')
 
@@ -64,9 +64,12 @@ weight 1 (--bc-weight 0: without).
      updates, CORL has 3 million.
  15. The loss of Q is half the sum of the N errors, CORL's the sum: Adam adds the weight decay to the gradient, and so each Q decays
      as each of IQL's two does (SAC-N has no decay). The temperature has the policy's rate and no decay.
- 16. The temperature steers the policy's mean entropy to -dim A, and with it the level of Conf: only differences between states
-     mean something, which is all that a quantile and relative weights use. A policy that climbs Q saturates, which raises Conf too;
-     beyond the clamp of the mean (not SAC-N's) entropy has no gradient to pull it back.
+ 16. The temperature steers the policy's mean entropy to -3.5 dim A, SAC's to -dim A. A clone of the mazes' demonstrations has -3.5 dim A or
+     less: held above it by a temperature of 0.8, entropy took 5 from each step that the policy knows well, reward adds 1 at most, and Q
+     kept away from demonstrations (benchmarks.md, "Other learners"). Without cloning (--bc-weight 0) it is SAC's. The level of Conf
+     follows: only differences between states mean something, which is all that a quantile and relative weights use. A policy
+     that climbs Q saturates, which raises Conf too; beyond the clamp of the mean (not SAC-N's) entropy has no gradient to pull it
+     back.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -169,7 +172,7 @@ class Args:
     cosine_updates: int = 500_000  # in which a cosine takes the policy's rate to 0, whatever the number of updates; 0: constant
     weight_decay: float = 5e-3  # Adam's own, which adds it to the gradient, of all weights and biases
     num_critics: int | None = None  # Q functions (N); None: the task's value
-    target_entropy: float | None = None  # None: minus the number of action dimensions
+    target_entropy: float | None = None  # None: minus 3.5 for each dimension of the action; minus 1 without cloning
     bc_weight: float = 1.0  # of the cloning of expert rows; 0: none, the plain learner
 
 
@@ -755,7 +758,8 @@ class SACN:
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden, args.num_critics).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())
         self.log_alpha = nn.ParameterDict({"value": torch.zeros(())}).to(device)  # temperature
-        self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
+        clone_entropy = -(3.5 if args.bc_weight else 1.0) * act_dim  # about that of a clone of demonstrations; SAC's without one
+        self.target_entropy = clone_entropy if args.target_entropy is None else args.target_entropy
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         self.policy_opt, self.qf_opt = (torch.optim.Adam(f.parameters(), **adam) for f in (self.policy, self.qf))
         self.alpha_opt = torch.optim.Adam(self.log_alpha.parameters(), **adam | {"weight_decay": 0.0})  # no weight of a network

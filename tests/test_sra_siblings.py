@@ -526,6 +526,11 @@ def test_sacn_temperature_grows_below_the_target_entropy():
         assert a.log_alpha["value"].sign() == sign and not a.alpha_opt.param_groups[0]["weight_decay"]
 
 
+def test_sacn_asks_for_a_clone_s_entropy_where_it_clones():
+    for changes, entropy in (({}, -7), ({"bc_weight": 0.0}, -2), ({"target_entropy": -5.0}, -5)):  # 2 action dimensions
+        assert agent("sra_sacn", **changes).target_entropy == entropy
+
+
 # --- runs ---
 
 
