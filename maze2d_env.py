@@ -6,7 +6,8 @@
 The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections without
 which wall contact differs on today's MuJoCo. In free motion a step is, to 1e-15, the closed form
 
-    c = clip(v, -5, 5),   v' = c + h (100 a - c) / (m + h),   x' = x + h v'        h = 0.01 s, m = 4.18879 kg
+    c = clip(v, -5, 5),   v' = c + h (f a - d c) / (m + h d),   x' = x + h v'
+    h = 0.01 s, f = 100 N, d = 1 N s/m (damping), m = 4.18879 kg
 
 Observation: x (row direction), y (column direction) in m, their velocities in m/s; the middle of cell (i, j) is the observation
 (i - 0.2, j - 0.2). The task never terminates. Reward of the state after the step: 1 within 0.5 of the goal, or exp(-distance).

@@ -16,8 +16,9 @@ sfujim/BCQ (continuous_BCQ).
     python algorithms/fomi_bcq.py --env maze2d-umaze
     python algorithms/fomi_bcq.py --env maze2d-umaze --model-ratio 0                                      # plain BCQ
 
-Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped to +-0.5, start
-states and the real rows of a batch are drawn by the return of their trajectory (the worst is never drawn; not on maze2d: SETTINGS).
+Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped to +-0.5, a
+batch has a fixed share eta of imagined rows (the paper draws from the union), start states are rows of the data's s column, and
+they and the real rows of a batch are drawn by the return of their trajectory (the worst is never drawn; not on maze2d: SETTINGS).
 Differences from the code:
   1. Batches are split exactly, round(eta B) imagined rows and the rest real.
   2. This return-prioritised sampling draws with replacement from exact proportions, not without replacement from a sum tree; it
@@ -28,7 +29,9 @@ Differences from the code:
   6. The goal of an antmaze is the middle of the rewarded positions, not asked from the simulator; antmaze-* is v2, there v0.
   7. Rows at a time limit with a recorded successor are real rows of BCQ, which bootstrap; the reference drops them.
   8. A state of hopper below -100 ends a chain as one above 100 does (a slip in the reference's rule).
-BCQ's generator is trained on the mixed batch, as in the reference: with uniform imagined actions it stops being a constraint.
+BCQ's generator is trained on the mixed batch, as in the reference: with uniform imagined actions it no longer proposes what the data
+do, but about the mean of the mixture. Symbols are those of the paper beside them (ROMI's own omega, xi, phi: encoder, decoder, reverse
+model); d: terminated, lambda: --lmbda.
 """
 
 import ctypes
@@ -515,7 +518,7 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Gaussian negative log-likelihood (doubled, without its constant), summed over members; and a pull on the bounds."""
+        """Gaussian negative log-likelihood (doubled, no constant), mean of rows and outputs, summed over members; a pull on the bounds."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
         return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
@@ -860,7 +863,7 @@ def imagined_data(task, data, args, device, run, key, given):
         raise UserError("imagined rows are not finite: the model has diverged; try a smaller --dynamics-lr", status=3)
     h, B = args.horizon, min(args.rollout_batch_size, math.ceil(len(imagined) / args.horizon))
     n = min(500, B, len(imagined) - (h - 1) * B)  # whole chains of the first call
-    if task.domain == "maze2d" and n > 0:  # nothing ends here: row i of a call is step i of its chain, in the order of imagination
+    if task.domain == "maze2d" and n > 0:  # nothing ends here: a call's rows are h blocks of B, block i step i of its B chains
         from maze2d_env import replay_error
 
         chains = torch.stack([imagined[i * B : i * B + n] for i in range(h)], 1).cpu()  # (C, h, ...)

@@ -16,19 +16,22 @@ sfujim/BCQ (continuous_BCQ).
     python algorithms/romi_bcq.py --env maze2d-umaze
     python algorithms/romi_bcq.py --env maze2d-umaze --model-ratio 0                                      # plain BCQ
 
-Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped to +-0.5, start
-states and the real rows of a batch are drawn by the return of their trajectory (the worst is never drawn; not on maze2d: SETTINGS).
+Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped to +-0.5, a
+batch has a fixed share eta of imagined rows (the paper draws from the union), start states are rows of the data's s column, and
+they and the real rows of a batch are drawn by the return of their trajectory (the worst is never drawn; not on maze2d: SETTINGS).
 Differences from the code:
   1. Batches are split exactly, round(eta B) imagined rows and the rest real.
   2. This return-prioritised sampling draws with replacement from exact proportions, not without replacement from a sum tree; it
      is two switches; and where all its weights are 0 we sample uniformly.
   3. Every row with a recorded successor trains the models, also at terminals and time limits; the reference drops those.
-  4. RBC minimises the paper's negative log-likelihood; the reference subtracts half an entropy and takes the std as a variance.
+  4. RBC minimises the paper's negative log-likelihood; the code, whose scripts do not use it, less half an entropy, std as variance.
   5. Elites are chosen once, on the holdout rows of training; the reference draws new holdout rows when it reloads the model.
   6. The goal of an antmaze is the middle of the rewarded positions, not asked from the simulator; antmaze-* is v2, there v0.
   7. Rows at a time limit with a recorded successor are real rows of BCQ, which bootstrap; the reference drops them.
   8. A state of hopper below -100 ends a chain as one above 100 does (a slip in the reference's rule).
-BCQ's generator is trained on the mixed batch, as in the reference: with uniform imagined actions it stops being a constraint.
+BCQ's generator is trained on the mixed batch, as in the reference: with uniform imagined actions it no longer proposes what the data
+do, but about the mean of the mixture. Symbols are those of the paper beside them (ROMI's own omega, xi, phi: encoder, decoder, reverse
+model); d: terminated, lambda: --lmbda.
 """
 
 import ctypes
@@ -515,7 +518,7 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Gaussian negative log-likelihood (doubled, without its constant), summed over members; and a pull on the bounds."""
+        """Gaussian negative log-likelihood (doubled, no constant), mean of rows and outputs, summed over members; a pull on the bounds."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
         return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
@@ -716,7 +719,7 @@ def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range,
     buffer, filled, chains, cut = None, 0, 0, 0
     bar = progress(args.model_buffer_size, "imagination", "row")
     while filled < args.model_buffer_size:
-        cond = starts[sampler(num_starts)]  # target states s_t+1: rows of the data's s column, l. 12
+        cond = starts[sampler(num_starts)]  # target states s_t+1: rows of the data's s column, so never a recorded end, l. 12
         chains += len(cond)
         for i in range(args.horizon):
             act = rollout_policy.sample(cond)  # a_t ~ G(.|s_t+1), l. 13
@@ -729,7 +732,7 @@ def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range,
             buffer[filled : filled + len(rows)] = rows  # l. 14
             filled += len(rows)
             cut += terminated.sum().item() if i == 0 else 0
-            cond = pred[~terminated]  # one step back in time; a chain that ended stays ended
+            cond = pred[~terminated]  # one step back in time; as in the code nothing goes back from a row with a terminal end
         bar.update(filled - bar.n)
     bar.close()
     _, _, rew, _, terminated = unpack(buffer, obs.shape[1], act.shape[1])
@@ -860,7 +863,7 @@ def imagined_data(task, data, args, device, run, key, given):
         raise UserError("imagined rows are not finite: the model has diverged; try a smaller --dynamics-lr", status=3)
     h, B = args.horizon, min(args.rollout_batch_size, math.ceil(len(imagined) / args.horizon))
     n = min(500, B, len(imagined) - (h - 1) * B)  # whole chains of the first call
-    if task.domain == "maze2d" and n > 0:  # nothing ends here: row i of a call is step i of its chain, in the order of imagination
+    if task.domain == "maze2d" and n > 0:  # nothing ends here: a call's rows are h blocks of B, block i step i of its B chains
         from maze2d_env import replay_error
 
         chains = torch.stack([imagined[i * B : i * B + n] for i in range(h)], 1).cpu()  # (C, h, ...)

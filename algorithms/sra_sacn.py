@@ -15,13 +15,13 @@ trajectories?". Files are the code's, the learner's CORL's.
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)      h steps back from the goals (Eq. 2),   l. 9     ReverseAugmentation.py
                    D^R: kept with weights 1 / Conf(s)        where the policy is unsure (Eq. 5)     l. 10
   labels           reward 1 on D^E, 0 on D^S and D^R         as UDS does                            l. 11    sra_iql.py
-  learner          alpha: -log alpha (log pi(a~|s) + H)       a~ ~ pi(.|s), H: minus 3.5 dim A       SAC-N         sac_n.py
+  learner          alpha: -log alpha (log pi(a~|s) + H)       a~ ~ pi(.|s), H: minus dim A           SAC-N         sac_n.py
                    pi: E[alpha log pi(a~|s) - min_j Q_j(s, a~)] - E_DE[log pi]                       j, k = 1 ... N
-                   Q: (Q_j - r - gamma (min_k Q'_k(s', a') - alpha log pi(a'|s')))^2                 a' ~ pi(.|s')
+                   Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2                                         a' ~ pi(.|s')
 
     python algorithms/sra_sacn.py --env maze2d-umaze
     python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0     # no augmentation: UDS + SAC-N + BC, the control
-    python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --exp-name uds_sacn_plain     # UDS + SAC-N alone
+    python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0 --bc-weight 0 --backup-entropy --exp-name uds_sacn_plain  # UDS + SAC-N
     python algorithms/sra_sacn.py --env maze2d-umaze --expert-dataset my_demonstrations.npz
 
 Half of a batch is expert rows; of the other half a share eta is D^R (70 % of it from earlier rounds, 30 % from the last one)
@@ -58,18 +58,18 @@ labels, halves of a batch, widths, rates with drop and cosine, weight decay, eta
 weight 1 (--bc-weight 0: without).
  13. N is CORL's: 25 on mazes, 500 on hopper (there for medium), 10 on halfcheetah, 20 on walker2d; 10, its default, elsewhere.
      500 want a GPU (262 MB a hidden layer); --num-critics takes fewer. Nothing but the smallest of N holds Q down. Labels are 0 or
-     1, so that but for the entropy it is at most 1 / (1 - gamma) = 100: in the log q/largest shows whether it stays there for the
+     1, so that it is at most 1 / (1 - gamma) = 100: in the log q/largest shows whether it stays there for the
      batch's actions, q/largest_target for the policy's; q/spread and q/spread_policy how far the N disagree about each.
  14. 2 hidden layers, CORL has 3; PyTorch's initialisation, CORL has EDAC's (small last layers, biases of 0.1); SRA's number of
      updates, CORL has 3 million.
  15. The loss of Q is half the sum of the N errors, CORL's the sum: Adam adds the weight decay to the gradient, and so each Q decays
      as each of IQL's two does (SAC-N has no decay). The temperature has the policy's rate and no decay.
- 16. The temperature steers the policy's mean entropy to -3.5 dim A, SAC's to -dim A. A clone of the mazes' demonstrations has -3.5 dim A or
-     less: held above it by a temperature of 0.8, entropy took 5 from each step that the policy knows well, reward adds 1 at most, and Q
-     kept away from demonstrations (benchmarks.md, "Other learners"). Without cloning (--bc-weight 0) it is SAC's. The level of Conf
-     follows: only differences between states mean something, which is all that a quantile and relative weights use. A policy
-     that climbs Q saturates, which raises Conf too; beyond the clamp of the mean (not SAC-N's) entropy has no gradient to pull it
-     back.
+ 16. Q does not count the policy's entropy (--backup-entropy: as in SAC-N, - alpha log pi(a'|s') in the target). Cloning raises log pi
+     on demonstrations, the temperature works against that and stays at 0.1 to 1, and together they take more from a step of the
+     demonstrations than the reward of 1 gives: Q keeps away from them (benchmarks.md, "Other learners").
+ 17. The temperature steers the policy's mean entropy to -dim A, and with it the level of Conf: only differences between states
+     mean something, which is all that a quantile and relative weights use. A policy that climbs Q saturates, which raises Conf too;
+     beyond the clamp of the mean (not SAC-N's) entropy has no gradient to pull it back.
 E[a|s] is taken as the tanh of the mean, as in the code. The mean is clamped to +-9, which bounds the confidence of saturated actions.
 """
 
@@ -172,7 +172,8 @@ class Args:
     cosine_updates: int = 500_000  # in which a cosine takes the policy's rate to 0, whatever the number of updates; 0: constant
     weight_decay: float = 5e-3  # Adam's own, which adds it to the gradient, of all weights and biases
     num_critics: int | None = None  # Q functions (N); None: the task's value
-    target_entropy: float | None = None  # None: minus 3.5 for each dimension of the action; minus 1 without cloning
+    target_entropy: float | None = None  # None: minus the number of action dimensions
+    backup_entropy: bool = False  # Q counts the policy's entropy, as in SAC-N itself
     bc_weight: float = 1.0  # of the cloning of expert rows; 0: none, the plain learner
 
 
@@ -758,8 +759,7 @@ class SACN:
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden, args.num_critics).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())
         self.log_alpha = nn.ParameterDict({"value": torch.zeros(())}).to(device)  # temperature
-        clone_entropy = -(3.5 if args.bc_weight else 1.0) * act_dim  # about that of a clone of demonstrations; SAC's without one
-        self.target_entropy = clone_entropy if args.target_entropy is None else args.target_entropy
+        self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         adam = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True, capturable=device.type == "cuda")
         self.policy_opt, self.qf_opt = (torch.optim.Adam(f.parameters(), **adam) for f in (self.policy, self.qf))
         self.alpha_opt = torch.optim.Adam(self.log_alpha.parameters(), **adam | {"weight_decay": 0.0})  # no weight of a network
@@ -790,7 +790,8 @@ class SACN:
             mean, log_std = self.policy(next_obs)
             next_act, next_log_prob = squash(mean, log_std, torch.randn_like(mean))
             next_q = self.target_qf(next_obs, next_act)  # (N, B)
-            target_q = rew + self.args.gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob)  # (B,)
+            entropy_bonus = -alpha * next_log_prob if self.args.backup_entropy else 0.0
+            target_q = rew + self.args.gamma * (1 - terminated) * (next_q.amin(0) + entropy_bonus)  # (B,)
         q = self.qf(obs, act)  # (N, B)
         stats = {"q/batch": q.detach().mean(), "q/target": target_q.mean(), "q/largest": q.detach().amax()}
         stats |= {"q/largest_target": target_q.amax(), "q/spread": q.detach().std(0, unbiased=False).mean()}

@@ -459,7 +459,7 @@ def test_sacn_with_two_critics_is_sac():
     """Haarnoja et al. with two networks, two targets and an optimizer for each, in the order temperature, policy, Q functions."""
     m, (obs, act, rew, next_obs, terminated) = importlib.import_module("sra_sacn"), batch()
     terminated[3] = 1
-    a = agent("sra_sacn", num_critics=2, bc_weight=0.0, weight_decay=5e-3, learning_rate=0.05)
+    a = agent("sra_sacn", num_critics=2, bc_weight=0.0, backup_entropy=True, weight_decay=5e-3, learning_rate=0.05)
     policy, log_alpha = deepcopy(a.policy), torch.zeros((), requires_grad=True)
     q, slow = list(separate(m, a.qf)), list(separate(m, a.target_qf))
     policy_opt, *q_opts = adam(policy, *q)
@@ -526,9 +526,16 @@ def test_sacn_temperature_grows_below_the_target_entropy():
         assert a.log_alpha["value"].sign() == sign and not a.alpha_opt.param_groups[0]["weight_decay"]
 
 
-def test_sacn_asks_for_a_clone_s_entropy_where_it_clones():
-    for changes, entropy in (({}, -7), ({"bc_weight": 0.0}, -2), ({"target_entropy": -5.0}, -5)):  # 2 action dimensions
-        assert agent("sra_sacn", **changes).target_entropy == entropy
+def test_sacn_counts_entropy_in_its_target_where_asked():
+    obs, act, rew, next_obs, terminated = batch(4)
+    a, targets = agent("sra_sacn"), {}
+    for counted in (False, True):
+        a.args = replace(a.args, backup_entropy=counted)
+        torch.manual_seed(3)  # of the sampled action
+        targets[counted] = a.critic_loss(obs, act, rew, next_obs, terminated, torch.tensor(0.5))[1]["q/target"]
+    torch.manual_seed(3)
+    log_prob = importlib.import_module("sra_sacn").squash(*(p := a.policy(next_obs)), torch.randn_like(p[0]))[1]
+    torch.testing.assert_close(targets[True] - targets[False], (0.99 * (1 - terminated) * -0.5 * log_prob).mean(), rtol=1e-3, atol=1e-4)
 
 
 # --- runs ---
