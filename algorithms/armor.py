@@ -37,8 +37,8 @@ What the poster leaves open, and what is done here. "unverified": said to be the
   5. ATAC's code: terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F is a Frobenius norm of 100 per layer, one
      sampled a' per row serves residual and target, tau, gamma, w = 1/2, rates 5e-4 and 5e-7 (unverified for ARMOR, the same), 3 x
      256 units. Proj_Pi is a learnt temperature for an entropy of minus the number of actions; it steps before the policy, on the
-     same samples as L. Not ATAC's: targets are clipped to the values that rewards of the data allow (in lightATAC an option), and
-     the policy's log standard deviation to [-5, 2].
+     same samples as L. Not ATAC's: values of the next state in the target are clipped to what rewards of the data allow (in lightATAC
+     an option; r_M is not clipped), and the policy's log standard deviation to [-5, 2].
   6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
      its transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast
      rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as a clone of its
@@ -46,7 +46,8 @@ What the poster leaves open, and what is done here. "unverified": said to be the
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap;
      rollouts that end, overflow, or leave the data's range, widened by 10 %, begin again in the minibatch (clipped to it they stood
-     at its border: 30 % of D_model after 100 000 updates on hopper, a trial); D_model keeps its last 1 000 000 pairs.
+     at its border: 30 % of D_model after 100 000 updates on hopper, a trial); their last pair stays in D_model, which keeps its
+     last 1 000 000.
   9. beta = 16 is the default of ATAC's scripts (lightATAC: 3), lambda = 1 ours; neither is tuned, and the paper's, one pair per
      data set, are not known. In trials of 400 updates M stayed at the fit with lambda = 1 and lost 4 nats of log P per row with
      0.1, 20 to 45 with 0.01. On held-out rows it stays there for longer, too; off the data it does not (model/nll,
@@ -812,7 +813,7 @@ class ARMOR:
         self.policy = Policy(obs_dim, act_dim, args.hidden).to(device)
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
-        self.target_qf.load_state_dict(self.qf.state_dict())  # l. 1
+        self.target_qf.load_state_dict(self.qf.state_dict())  # l. 1; the warm start moves both, the copy behind
         self.log_alpha = nn.ParameterDict({"sac": torch.zeros(())}).to(device)  # temperature
         self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         self.beta = torch.tensor(args.bellman_weight, device=device)
