@@ -18,8 +18,9 @@ which we could not reach); what we know of the paper comes from a poster with it
     python algorithms/armor.py --env hopper-medium-replay --reference runs/<run> --exp-name armor_on_<run>    # improve on another run
     python algorithms/armor.py --env hopper-medium-replay --model-ratio 0           # ATAC: no model, transitions of the data
 
-E_x[.] is a mean over rows of x. L looks at given states only, so M gets its gradient from E^w and E_D alone, and beta does not
-change its direction: M is made to agree with pessimistic critics as far as lambda lets it leave the data. Rollouts are detached.
+E_x[.] is a mean over rows of x, f alone is f_i(s, a), and lambda takes the place of M_alpha's alpha (alpha in the code: the
+temperature). L looks at given states only, so M gets its gradient from E^w and E_D alone, and beta does not change its direction: L
+makes the critics pessimistic, and M is made to agree with them as far as lambda lets it leave the data. Rollouts are detached.
 
 What the poster leaves open, and what is done here. "unverified": said to be the paper's, by sources that we could not check.
   1. E_D is taken on the data's rows. Eq. 4 prints D_model, which holds no r and no s'. Rows without a known successor are left out.
