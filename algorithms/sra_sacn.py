@@ -65,8 +65,8 @@ weight 1 (--bc-weight 0: without).
  15. The loss of Q is half the sum of the N errors, CORL's the sum: Adam adds the weight decay to the gradient, and so each Q decays
      as each of IQL's two does (SAC-N has no decay). The temperature has the policy's rate and no decay.
  16. Q does not count the policy's entropy (--backup-entropy: as in SAC-N, - alpha log pi(a'|s') in the target). Cloning raises log pi
-     on demonstrations, the temperature works against that and stays at 0.1 to 1, and together they take more from a step of the
-     demonstrations than the reward of 1 gives: Q keeps away from them (benchmarks.md, "Other learners").
+     on demonstrations, a temperature of about 1 works against it, and their product is more than the reward of 1 a step: a Q that
+     counts it keeps away from demonstrations, and scores fall below 0 (benchmarks.md, maze2d-umaze, imitation).
  17. The temperature steers the policy's mean entropy to -dim A, and with it the level of Conf: only differences between states
      mean something, which is all that a quantile and relative weights use. A policy that climbs Q saturates, which raises Conf too;
      beyond the clamp of the mean (not SAC-N's) entropy has no gradient to pull it back.

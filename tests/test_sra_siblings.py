@@ -528,6 +528,7 @@ def test_sacn_temperature_grows_below_the_target_entropy():
 
 def test_sacn_counts_entropy_in_its_target_where_asked():
     obs, act, rew, next_obs, terminated = batch(4)
+    terminated[3] = 1
     a, targets = agent("sra_sacn"), {}
     for counted in (False, True):
         a.args = replace(a.args, backup_entropy=counted)
