@@ -787,7 +787,7 @@ class BCQ:
         """-Q_1 of one generated, perturbed action per state (BCQ Eq. 12)."""
         with torch.no_grad():
             act = self.vae.sample(obs)
-        return -self.qf(obs, self.perturb(obs, act))[0].mean()
+        return -self.qf.q1(torch.cat([obs, self.perturb(obs, act)], -1)).mean()
 
     def update(self, obs, act, rew, next_obs, terminated):
         """Generator, Q functions, perturbation, targets, in this order; returns metrics, which the next update may overwrite."""
