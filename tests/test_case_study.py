@@ -186,7 +186,7 @@ def test_wall_distance_is_mujocos(maze):
 TINY = [
     "--env", "maze2d-umaze", "--total-updates", "30", "--batch-size", "20", "--hidden", "16", "16", "--vae-hidden", "16",
     "--dynamics-hidden", "16", "--dynamics-max-epochs", "2", "--model-buffer-size", "2000", "--rollout-batch-size", "500",
-    "--bcq-samples", "2", "--eval-samples", "4", "--eval-episodes", "0", "--num-threads", "1",
+    "--bcq-samples", "2", "--eval-samples", "4", "--eval-episodes", "1", "--num-threads", "1",
 ]  # fmt: skip
 FEW = ["--episodes", "2", "--chains", "40", "--num-threads", "1"]
 
@@ -258,6 +258,12 @@ def test_command_line(runs, tmp_path):
     again = study_of(tmp_path / "again", "--run-dir", runs)
     assert again == result  # the same command, the same numbers
     assert study_of(tmp_path / "again", "--run-dir", runs, "--seed", "1")["runs"]["bcq"]["executed"] != result["runs"]["bcq"]["executed"]
+
+
+def test_maze_runs_draw_what_they_imagine_and_execute(runs):
+    for name, pictures in {"romi_bcq": ["imagination"], "fomi_bcq": ["imagination"], "bcq": []}.items():
+        assert sorted(file.stem for file in of(runs, name).glob("*.png")) == ["execution", *pictures]
+    assert all(file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size > 2_000 for file in runs.glob("*/*.png"))
 
 
 def test_chains_are_imagined_in_the_runs_direction(runs):

@@ -182,6 +182,17 @@ def test_learnt_reverse_model_undoes_the_forward_step(trained):
     assert (reward - rew).abs().mean() < 0.05
 
 
+def test_errors_of_the_reverse_model_add_up_along_a_chain(trained):
+    dynamics, _ = trained
+    state, cond, errors = torch.randn(500, 2), None, []
+    for _ in range(8):
+        act = 2 * torch.rand(500, 2) - 1
+        cond = dynamics.sample(state if cond is None else cond, act)[0]
+        state = state - 0.1 * act
+        errors.append((cond - state).norm(dim=1).mean().item())
+    assert errors == sorted(errors) and errors[-1] > 2 * errors[0]
+
+
 def test_noise_of_the_system_is_learnt_as_variance():
     obs, act, rew, next_obs = toy(4000)
     noisy = obs + 0.1 * torch.randn_like(obs)

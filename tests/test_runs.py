@@ -300,6 +300,7 @@ def test_batches_are_split_exactly(script, data_file, tmp_path, monkeypatch):
         monkeypatch.setattr(m, "imagined_data", lambda *a: sevens)
     m.main(tyro.cli(m.Args, args=arguments(script, data_file, tmp_path, "--model-ratio", "0.7", "--eval-episodes", "0")))
     assert set(sizes) == {(14, 20)}
+    assert (sevens[:, 0] == 7).all() and not sevens[:, 1:].any()  # learning from imagined rows writes none
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_status_3(script, data_file, tmp_path):
