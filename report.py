@@ -536,7 +536,8 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             continue
         tasks, names = sorted({t for t, _ in chosen}), [name for name in everything if any(name == a for _, a in chosen)]
         width = 0.8 / len(names)
-        figure, axes = plt.subplots(figsize=(max(7, 4 + 0.35 * len(names) * len(tasks)), 4.2), layout="constrained")
+        size = max(7, 4 + 0.35 * len(names) * len(tasks)), 4.2 + 0.17 * len(names)
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
         diamonds = []
         for i, name in enumerate(names):
             where = [(tasks.index(t) + (i - (len(names) - 1) / 2) * width, cell) for (t, a), cell in chosen.items() if a == name]
@@ -548,8 +549,10 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             diamonds += [(x, found[0]["mean"]) for x, cell in where if (found := published(cell.task, name, True))]
         if diamonds:
             axes.plot(*zip(*diamonds, strict=True), "kD", markersize=5, label="published, D4RL's data")
-        axes.set(title=f"last evaluation\n({in_words(source)})", ylabel="normalized score", xticks=range(len(tasks)), xticklabels=tasks)
+        names_of_tasks = [task.replace("-", "-\n", 1) for task in tasks]  # side by side they would overlap
+        axes.set(title=f"last evaluation\n({in_words(source)})", ylabel="normalized score")
+        axes.set_xticks(range(len(tasks)), names_of_tasks)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-        figure.legend(fontsize=8, title="mean and standard deviation over seeds", title_fontsize=8, loc="outside right upper")
+        figure.legend(fontsize=8, title="mean and standard deviation over seeds", title_fontsize=8, loc="outside lower center")
         save(figure, f"published__{source}")
