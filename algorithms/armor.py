@@ -29,10 +29,9 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      returns, 550 on hopper, the predicted reward follows the critics: its error rose from 0.03 to 2.0 in 400 updates (a trial).
   3. M is one member of MOPO's ensemble (arXiv:2005.13239; 4 layers of 200, learnt variance), R_M the mean of its reward output.
      Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps). E_D leaves these out as well, so that they
-     tell whether the game harms the model. Weight decay stays on, as strong against the data fit as it was (lambda = 1, beta >= 1); the
-     bounds of the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full
-     length the fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per
-     row).
+     tell whether the game harms the model. Weight decay stays on, as strong against the data fit as it was; the bounds of
+     the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full length the
+     fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per row).
   4. One backward pass gives the gradients for M and f_i, so f_i steps on the M of before this step. s'_M is reparameterised, and
      M's gradient also flows through a' ~ pi(.|s'_M) and through the target networks' inputs.
   5. ATAC's code: terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F is a Frobenius norm of 100 per layer, one
@@ -822,6 +821,7 @@ class ARMOR:
         groups = [{"params": list(self.qf.parameters())}]
         if dynamics is not None:  # the bounds of the log-variance are in no `inputs` and never step
             scale = obs_dim + 1  # the fit averages twice the NLL over outputs; here it is summed, and counts for f_1 and for f_2
+            scale *= args.fit_weight * min(1, args.bellman_weight)  # as much as the data fit counts in normalized_sum
             decays = [(g["params"], scale * g["weight_decay"]) for g in dynamics.optimizer().param_groups]
             groups += [{"params": params, "weight_decay": decay} for params, decay in decays]
             self.PARTS += ("dynamics",)

@@ -388,6 +388,9 @@ def test_the_game_begins_with_a_slow_policy_and_a_new_temperature():
     assert {g["lr"] for g in agent.adversary_opt.param_groups} == {5e-4}
     decays, outputs = [g["weight_decay"] for g in agent.adversary_opt.param_groups], agent.dynamics.max_logvar.numel()
     assert decays == [0, *(outputs * wd for wd in (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)), 0]
+    for beta, weight in ((4.0, 100.0), (0.5, 50.0)):  # it keeps pace with the data fit, which counts as lambda min(1, beta)
+        other, _ = game(replace(ARGS, fit_weight=100.0, bellman_weight=beta))
+        assert [g["weight_decay"] for g in other.adversary_opt.param_groups] == pytest.approx([weight * d for d in decays])
     before = agent.policy.net[0].weight.detach().clone()
     agent.update(*rows)
     assert 0 < (agent.policy.net[0].weight - before).abs().max() < 6e-7
