@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import armor as m
 import pytest
@@ -235,9 +236,14 @@ def test_fit_and_shift_of_the_model_by_hand():
     assert fit["model/nll"].item() == pytest.approx(2 * (math.log(0.5) + 0.5 * math.log(2 * math.pi)), rel=1e-4)
     r = m.Rollouts(torch.tensor([[0.0, 7.0], [4.0, 7.0]]), 2, 3, never, ARGS, CPU)  # second column: constant, not divided by 0
     r.advance(0, torch.zeros(3, 2), Slope(0.5), Slope(0.5), dynamics)
-    shift = m.model_shift(dynamics, original, r)
+    f_1 = SimpleNamespace(q1=lambda x: x[:, :2] @ torch.tensor([[2.0], [10.0]]) + 100)
+    critic = SimpleNamespace(qf=f_1, policy=Slope(0.5), terminates=never, args=replace(ARGS, gamma=0.9))
+    shift = m.model_shift(dynamics, original, r, critic)
     assert shift["model/reward_shift"].item() == pytest.approx(0.2, rel=1e-4)
     assert shift["model/state_shift"].item() == pytest.approx((0.3**2 / 2) ** 0.5, rel=1e-4)
+    assert shift["model/backup_shift"].item() == pytest.approx(0.2 - 0.9 * 10 * 0.3, rel=1e-4)
+    critic.terminates = lambda obs, act, next_obs: next_obs[:, 1] > 0.2  # under the fitted model alone
+    assert m.model_shift(dynamics, original, r, critic)["model/backup_shift"].item() == pytest.approx(0.2 + 0.9 * (2 * 0.5 + 100), rel=1e-4)
 
 
 # --- who gets which gradient ---
@@ -690,7 +696,7 @@ def test_a_run_compares_the_policy_with_its_reference(whole):
     guard = {"losses/adversary", "losses/data_fit", "losses/bellman", "losses/relative", "q/weight_norm", "q/policy", "q/reference"}
     guard |= {f"model/{k}{s}" for k in ("nll", "reward_error", "state_error") for s in ("", "_fitted")}
     guard |= {f"model/rollout_{k}" for k in ("ended", "left", "drift_policy", "drift_reference")}
-    guard |= {"model/reward_shift", "model/state_shift", "q/policy_shift"}
+    guard |= {"model/reward_shift", "model/state_shift", "model/backup_shift", "q/policy_shift"}
     assert all(guard <= r.keys() for r in losses)
     assert 0 < losses[0]["model/reward_shift"] < 0.1 and 0 < losses[0]["q/policy_shift"] < 0.1
     assert len({r["model/nll_fitted"] for r in losses}) == 1 < len({r["model/nll"] for r in losses})
