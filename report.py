@@ -34,7 +34,8 @@ UNSEEN |= {"track", "no-track", "device", "dynamics-from", "warm-start-from", "e
 UNSEEN |= {"wandb-project-name", "wandb-entity", "wandb-group"}
 ALIASES = {"bellman-weight": "beta", "fit-weight": "lambda", "pairs-kept": "model-buffer-size"}  # armor.py takes both
 IMITATION = "__imitation"  # ends the source of runs that get demonstrations and no rewards: they have tables of their own
-SELECTION = "__selection"  # and that of runs called select_..., by which settings are chosen: they are no results
+# ... and that of runs with these names: they are no results, but settings are chosen by them, or a cause is looked for
+ASIDE = {"select_": ("__selection", ", to choose settings by"), "diag_": ("__diagnosis", ", to find a cause by")}
 
 
 @dataclass
@@ -126,7 +127,7 @@ def cells_of(folders):
         data, flags = result["dataset"], training_flags(result.get("command"))
         flags += ((folder / "note.txt").read_text().strip(),) if (folder / "note.txt").exists() else ()
         source = (data["source"] if data["source"] != "file" else data["id"]) + IMITATION * ("expert" in data)
-        source += SELECTION * result["algorithm"].startswith("select_")
+        source += "".join(end for prefix, (end, _) in ASIDE.items() if result["algorithm"].startswith(prefix))
         shas = (data["sha256"][:12], data.get("expert", {"sha256": data.get("reference", "")})["sha256"][:12])
         key = (result["task"], source, result["algorithm"], result["updates"], flags, result["eval_episodes"], *shas, normalized)
         cells.setdefault(key, Cell(*key, [])).runs.append((result, points))
@@ -236,9 +237,12 @@ def thousands(n):
 
 
 def in_words(source):
-    kept = source.removesuffix(SELECTION)
+    kept, purpose = source, ""
+    for end, words in ASIDE.values():
+        if source.endswith(end):
+            kept, purpose = source.removesuffix(end), words
     name = kept.removesuffix(IMITATION)
-    return f"{name} data" + " without rewards, beside demonstrations" * (name != kept) + ", to choose settings by" * (kept != source)
+    return f"{name} data" + " without rewards, beside demonstrations" * (name != kept) + purpose
 
 
 def code(flags):
@@ -477,9 +481,10 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
     out = out or (ROOT / "figures" if results.resolve() == ROOT / "results" else results / "figures")
     out.mkdir(parents=True, exist_ok=True)
     every_cell = cells_of(results_in(results))
-    cells = [cell for cell in every_cell if cell.reference is None and not cell.source.endswith(SELECTION)]
+    cells = [cell for cell in every_cell if cell.reference is None and not cell.source.endswith(ASIDE["select_"][0])]
+    results_proper = [cell for cell in cells if not cell.source.endswith(ASIDE["diag_"][0])]
 
-    everything = [*PRINTED, *sorted({cell.algorithm for cell in cells} - PRINTED.keys())]
+    everything = [*PRINTED, *sorted({cell.algorithm for cell in cells} - PRINTED.keys(), key=lambda name: (name.startswith("diag_"), name))]
     palette = [colour for name in ("tab20", "Dark2", "Set2") for colour in plt.get_cmap(name).colors]
     colours = dict(zip(everything, itertools.cycle(palette), strict=False))  # the same in every picture
 
@@ -527,8 +532,8 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         figure.legend(fontsize=8, title="dashed: the reference itself", title_fontsize=8, loc="outside lower center")
         save(figure, f"references__{task.replace('/', '-')}__{source}")
 
-    for source in sorted({cell.source for cell in cells}):
-        chosen, groups = {}, of_one_kind([cell for cell in cells if cell.source == source and cell.normalized and cell.last])
+    for source in sorted({cell.source for cell in results_proper}):
+        chosen, groups = {}, of_one_kind([cell for cell in results_proper if cell.source == source and cell.normalized and cell.last])
         together = [cell for cell in map(common_length, groups) if cell]
         for cell in sorted([*itertools.chain(*groups), *together], key=lambda cell: (len(cell.last), cell.updates)):
             chosen[cell.task, cell.algorithm] = cell  # the most seeds, of those the longest runs

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 HOPPER = parse_task("hopper-medium-replay")
 ARGS = m.Args(
     exp_name="test", dynamics_hidden=16, hidden=(16, 16), batch_size=20, horizon=5, pairs_kept=100, reference="bc", bellman_weight=4.0,
-    num_threads=1,
+    fit_weight=1.0, num_threads=1,
 )  # fmt: skip
 ATAC = replace(ARGS, model_ratio=0.0, reference="data")
 

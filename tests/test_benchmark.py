@@ -255,7 +255,7 @@ def test_flags_that_change_no_update_do_not_divide(tmp_path):
     made_up(tmp_path, "cql", 1, [2.0], flags=["--hidden", "3", "4", "--track", "--bf16", "--dynamics_from=b", "--checkpoint-every", "7"])
     (row,) = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
     assert row["seeds"] == "0, 1" and row["flags"] == "`--bf16 --hidden 3 4`"
-    command = "armor.py --env x --bellman-weight 2 --fit-weight 1 --gamma 0.99 --model-ratio 0.5 --no-bf16 --hidden 7"  # three are defaults
+    command = "armor.py --env x --bellman-weight 2 --fit-weight 100 --gamma 0.99 --model-ratio 0.5 --no-bf16 --hidden 7"  # the rest: defaults
     assert report.training_flags(shlex.split(command)) == ("--beta 2", "--hidden 7")
     for script in SCRIPTS:
         assert {name.replace("_", "-") for name in importlib.import_module(script).BOOKKEEPING} <= report.UNSEEN
@@ -397,6 +397,7 @@ def test_pictures_take_all_seeds_where_the_shortest_ended(tmp_path, monkeypatch)
     for seed, scores in enumerate(([1.0, 2.0, 90.0], [1.0, 4.0], [1.0, 9.0])):
         made_up(tmp_path / "results", "bcq", seed, scores)
     made_up(tmp_path / "results", "select_b1", 10, [1.0, 50.0])  # no result: a table of its own, and no picture
+    made_up(tmp_path / "results", "diag_b1", 0, [1.0, 60.0])  # nor this one: a table and curves of its own, no bar
     drawn = []
     for name in ("bar", "plot"):
         plain = getattr(Axes, name)
@@ -406,11 +407,14 @@ def test_pictures_take_all_seeds_where_the_shortest_ended(tmp_path, monkeypatch)
     report.plot(tmp_path / "results", tmp_path / "pictures")
     assert drawn == [
         ([1000, 2000], [1, 5], "bcq, 3 seeds, 2 000"), ([2000, 3000], [2, 90], "bcq, seed 0"),  # the one seed that went on
+        ([1000, 2000], [1, 60], "diag_b1, 1 seed"),
         ([0.0], [5.0], "bcq, 2 000 updates, 3 seeds"),
     ]  # fmt: skip
     made = tables(tmp_path / "results")
     assert "select_b1" in made["hopper-medium-v2__d4rl__selection"] and "select_b1" not in made["hopper-medium-v2__d4rl"]
     assert "on d4rl data, to choose settings by, " in made["hopper-medium-v2__d4rl__selection"]
+    assert "diag_b1" in made["hopper-medium-v2__d4rl__diagnosis"] and "diag_b1" not in made["hopper-medium-v2__d4rl"]
+    assert "on d4rl data, to find a cause by, " in made["hopper-medium-v2__d4rl__diagnosis"]
 
 
 # --- suites ---
