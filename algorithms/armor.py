@@ -50,8 +50,8 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      last 1 000 000.
   9. beta = 16 is the default of ATAC's scripts (lightATAC: 3), lambda = 100 ours; the paper's, one pair per data set, are not known.
      With lambda = 1 M keeps to the data's rows, but off them it gives way to the pessimistic critics, until its targets are lower
-     than the fitted model's by more than a reward (model/backup_shift), and the policy falls back to its reference; with 100 and
-     1000 it does not (hopper, one seed; benchmarks.md). In trials of 400 updates M lost 4 nats of log P per row with 0.1, 20 to 45
+     than the fitted model's by more than a reward (model/backup_shift), and the policy falls back to its reference; with 10, 100
+     and 1000 it does not (hopper, one seed; benchmarks.md). In trials of 400 updates M lost 4 nats of log P per row with 0.1, 20 to 45
      with 0.01.
  10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals. What is
      logged as the reference is the clone.
