@@ -504,7 +504,8 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         figure.legend(fontsize=8, title="line: mean over seeds\nband: smallest to largest", title_fontsize=8, loc="outside right upper")
         save(figure, f"{task.replace('/', '-')}__{source}")
 
-    for (task, source), group in itertools.groupby(every_cell, lambda cell: (cell.task, cell.source)):
+    shown = [cell for cell in every_cell if not cell.source.endswith(tuple(end for end, _ in ASIDE.values()))]
+    for (task, source), group in itertools.groupby(shown, lambda cell: (cell.task, cell.source)):
         games = {}  # what a line of the picture has in common -> [(beta, ARMOR's scores, those of its reference)]
         for cell in group:
             scores = [result["reference"] for result, _ in cell.runs if "reference" in result]
@@ -524,8 +525,8 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             axes.errorbar(betas, means, error, color=colour, marker="o", markersize=4, capsize=3, label=label)
             axes.axhline(np.mean(own), color=colour, linestyle="--", linewidth=1)
         axes.set(title=f"{task} ({source} data)", xlabel="beta (the smaller, the more pessimism)", ylabel="last evaluation")
-        axes.set_xscale("symlog", linthresh=0.1)
         ticks = sorted({beta for points in games.values() for beta, *_ in points})
+        axes.set_xscale("log" if ticks[0] else "symlog")
         axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks], minor=False)
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
