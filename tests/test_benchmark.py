@@ -255,7 +255,7 @@ def test_flags_that_change_no_update_do_not_divide(tmp_path):
     made_up(tmp_path, "cql", 1, [2.0], flags=["--hidden", "3", "4", "--track", "--bf16", "--dynamics_from=b", "--checkpoint-every", "7"])
     (row,) = rows_of(tables(tmp_path)["hopper-medium-v2__d4rl"])
     assert row["seeds"] == "0, 1" and row["flags"] == "`--bf16 --hidden 3 4`"
-    command = "armor.py --env x --bellman-weight 2 --fit-weight 100 --gamma 0.99 --model-ratio 0.5 --no-bf16 --hidden 7"  # rest: defaults
+    command = "armor.py --env x --bellman-weight 2 --fit-weight 10000 --gamma 0.99 --model-ratio 0.5 --no-bf16 --hidden 7"  # rest: defaults
     assert report.training_flags(shlex.split(command)) == ("--beta 2", "--hidden 7")
     for script in SCRIPTS:
         assert {name.replace("_", "-") for name in importlib.import_module(script).BOOKKEEPING} <= report.UNSEEN
