@@ -100,6 +100,8 @@ class Args:
     eval_episodes: int = 10
     checkpoint_every: int = 20_000
     """environment steps; written at the next episode end"""
+    keep_policies: bool = False
+    """keep the policy of every checkpoint, as policy_<step>.pt beside it: references of rising quality (armor.py --reference)"""
 
 
 # --- networks ---
@@ -262,7 +264,8 @@ def other_settings(path, kind, args):
     idle |= dict.fromkeys(("medium_band", "min_replay"), ("expert", *RELABELLED))
     theirs = json.loads(path.with_suffix(".json").read_text())["args"]
     mine = json.loads(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}))
-    matters = [k for k in mine if k in theirs and k not in ("kinds", "minari", "checkpoint_every") and kind not in idle.get(k, ())]
+    idle |= dict.fromkeys(("kinds", "minari", "checkpoint_every", "keep_policies"), (kind,))
+    matters = [k for k in mine if k in theirs and kind not in idle.get(k, ())]
     matters = [k for k in matters if kind != "random" or k in ("seed", "steps", "infos")]
     return [f"--{k.replace('_', '-')} {theirs[k]}" for k in matters if theirs[k] != mine[k]]
 
@@ -352,6 +355,9 @@ def train(args, folder):
     def save():
         folder.mkdir(parents=True, exist_ok=True)
         part = checkpoint.with_suffix(".part")
+        if args.keep_policies:
+            torch.save({"agent": {"policy": agent.policy.state_dict()}}, part)
+            os.replace(part, folder / f"policy_{run.step}.pt")
         torch.save(
             {
                 "agent": agent.state_dict(),
@@ -442,6 +448,7 @@ def main(args):
     agent = run = replay = medium = None
     if set(todo) - {"random"}:
         settings = asdict(args) | {"out": "", "kinds": ("jump",) if "jump" in args.kinds else ()}
+        del settings["keep_policies"]  # decides nothing, so with it a run goes on that was begun without
         tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         agent, run, replay, _, medium = train(args, args.out / f"sac-{args.env}-{args.seed}-{tag}")
         if set(todo) & {"medium", "medium-replay", "medium-expert"} and not run.medium_at:

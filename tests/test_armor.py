@@ -575,6 +575,9 @@ def test_the_data_collectors_sac_is_a_reference(tmp_path, collector):
     torch.manual_seed(1)
     torch.testing.assert_close(reference.sample(obs), act)
     torch.testing.assert_close(reference.best(obs), mean)
+    torch.save({"agent": {"policy": agent.policy.state_dict()}}, tmp_path / "policy_7.pt")  # as --keep-policies does
+    kept = m.given_reference(replace(ARGS, reference=str(tmp_path / "policy_7.pt")), data())
+    assert torch.equal(kept.best(obs), reference.best(obs))
 
 
 def test_a_policy_of_standardised_states_is_a_reference(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -255,6 +256,45 @@ def test_run_cut_after_its_first_checkpoint_ends_alike(collector, tmp_path, monk
     assert all(np.array_equal(a, b) for a, b in zip(replay, replay_2, strict=True))
     assert all(torch.equal(medium[k], medium_2[k]) for k in medium) and torch.equal(agent["log_alpha"], agent_2["log_alpha"])
     assert all(torch.equal(agent["target_qf"][k], agent_2["target_qf"][k]) for k in agent["target_qf"])
+
+
+def test_policies_of_the_checkpoints_are_kept(collector, tmp_path, monkeypatch):
+    sizes = {"total_steps": 900, "random_steps": 600, "updates_per_step": 0.1, "batch_size": 8, "hidden": 8, "eval_episodes": 1}
+    args = collector.Args(**sizes, kinds=("expert",), eval_every=10_000, checkpoint_every=300, keep_policies=True)
+    made = []
+
+    def replace_then_die(a, b):
+        os.rename(a, b)
+        made.append(Path(b).name)
+        if made.count("checkpoint.pt") == 2:
+            raise Killed
+
+    torch.manual_seed(0)
+    agent = collector.train(args, tmp_path / "whole")[0].policy.state_dict()
+    torch.manual_seed(0)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(collector, "os", SimpleNamespace(replace=replace_then_die))
+        collector.train(args, tmp_path / "cut")
+    assert len(made) == 4 and made[0].startswith("policy_3") and made[2].startswith("policy_6")  # before the checkpoint, not after
+    torch.manual_seed(1)
+    collector.train(args, tmp_path / "cut")
+
+    names = sorted(path.name for path in (tmp_path / "whole").glob("policy_*.pt"))
+    assert names == sorted(path.name for path in (tmp_path / "cut").glob("policy_*.pt")) and len(names) >= 3
+    kept = [[torch.load(tmp_path / run / name, weights_only=True)["agent"]["policy"] for name in names] for run in ("whole", "cut")]
+    for first, second in zip(*kept, strict=True):
+        assert first.keys() == second.keys() == agent.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(kept[0][0]["head.weight"], kept[0][-1]["head.weight"])
+    assert all(torch.equal(kept[0][-1][k], agent[k]) for k in agent)
+
+
+def test_keeping_policies_is_no_other_run(collector, tmp_path):
+    run(collector, kinds=("expert",), out=tmp_path)
+    (folder,) = tmp_path.glob("sac-*")
+    (tmp_path / "hopper_expert.hdf5").unlink()
+    run(collector, kinds=("expert",), out=tmp_path, keep_policies=True)
+    assert [*tmp_path.glob("sac-*")] == [folder] and len([*folder.glob("policy_*.pt")]) == 1
+    run(collector, kinds=("expert",), out=tmp_path)  # nor another data set
 
 
 def run(collector, **flags):
