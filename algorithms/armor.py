@@ -34,11 +34,12 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per row).
   4. One backward pass gives the gradients for M and f_i, so f_i steps on the M of before this step. s'_M is reparameterised, and
      M's gradient also flows through a' ~ pi(.|s'_M) and through the target networks' inputs.
-  5. ATAC's code: terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F is a Frobenius norm of 100 per layer, one
-     sampled a' per row serves residual and target, tau, gamma, w = 1/2, rates 5e-4 and 5e-7 (unverified for ARMOR, the same), 3 x
-     256 units. Proj_Pi is a learnt temperature for an entropy of minus the number of actions; it steps before the policy, on the
-     same samples as L. Not ATAC's: values of the next state in the target are clipped to what rewards of the data allow (in lightATAC
-     an option; r_M is not clipped), and the policy's log standard deviation to [-5, 2].
+  5. ATAC's code: L and E^w (the poster only names them); terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F
+     is a Frobenius norm of 100 per layer, one sampled a' per row serves residual and target, tau, gamma, w = 1/2, rates 5e-4 and
+     5e-7 (unverified for ARMOR, the same), 3 x 256 units. Proj_Pi is a learnt temperature for an entropy of minus the number of
+     actions; it steps before the policy, on the same samples as L. Not ATAC's: values of the next state in the target are clipped
+     to what rewards of the data allow (in lightATAC an option; r_M is not clipped), and the policy's log standard deviation to
+     [-5, 2].
   6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
      its transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast
      rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as a clone of its
@@ -48,12 +49,12 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      rollouts that end, overflow, or leave the data's range, widened by 10 %, begin again in the minibatch (clipped to it they stood
      at its border: 30 % of D_model after 100 000 updates on hopper, a trial); their last pair stays in D_model, which keeps its
      last 1 000 000.
-  9. beta = 16 (the default of ATAC's scripts; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump with a seed that is not
-     reported (benchmarks.md); the paper's, one pair per data set, are not known. Too small a lambda keeps M to the data's rows, but
-     off them M gives way to the critics (model/backup_shift): with 1 its targets on hopper are lower than the fitted model's by more
-     than a reward, and the policy falls back to its reference; with 100 the cheetah no longer falls in M where it falls in the
-     fitted model and in the simulator. What is large enough goes with the size of the values: 10 on hopper, 10 000 on the cheetah. In
-     trials of 400 updates on hopper M lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
+  9. beta = 16 (the default of ATAC's scripts; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump with a seed that is
+     used for nothing else (benchmarks.md); the paper's, one pair per data set, are not known. With too small a lambda M gives way to
+     the critics off the data, which its fit to held-out rows hardly shows: with 1 its targets on hopper are lower than the fitted
+     model's by more than a reward (model/backup_shift), and the policy falls back to its reference; with 1000 and less the cheetah
+     falls in M less often than in the fitted model and in the simulator (which nothing that is logged shows). In trials of 400
+     updates on hopper M lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
  10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals. What is
      logged as the reference is the clone.
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
@@ -137,7 +138,7 @@ class Args:
     rollout_margin: float = 0.1  # imagined states may leave the data's range by this share of its width, then their rollout begins again
 
     # --- learner ---
-    reference: str | None = None  # pi_ref: bc (clone of the data), data (its actions; no model), or a run's folder; None: bc, for atac data
+    reference: str | None = None  # pi_ref: bc (clone of the data), data (ATAC's), a run's folder or a policy's file; None: bc, atac: data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
     warm_start_from: str | None = None  # folder of another run whose warm start is taken: same data, seed and settings, so the same one
     clone: Literal["data", "reference"] | None = None  # whose actions the warm start clones; None: a given reference's, else the data's
@@ -474,11 +475,12 @@ class Reference(nn.Module):
 
 
 def given_reference(args, data):
-    """The policy in --reference, the folder (or its checkpoint.pt) of a run of these scripts or of datasets/mujoco.py."""
+    """The policy in --reference: the folder (or checkpoint.pt) of a run of these scripts or of datasets/mujoco.py, or a file of its
+    --keep-policies."""
     flag, path = f"--reference {args.reference}:", Path(args.reference)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{flag} no checkpoint.pt there; give bc, data, or the folder of a run")
+        raise UserError(f"{flag} no checkpoint.pt there; give bc, data, the folder of a run, or a policy_<step>.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # SAC's holds a whole replay buffer
         if state.get("phase", "policy") != "policy" or "agent" not in state:

@@ -101,7 +101,7 @@ class Args:
     checkpoint_every: int = 20_000
     """environment steps; written at the next episode end"""
     keep_policies: bool = False
-    """keep the policy of every checkpoint, as policy_<step>.pt beside it: references of rising quality (armor.py --reference)"""
+    """keep the policy of every checkpoint from now on, as policy_<step>.pt beside it (for armor.py --reference)"""
 
 
 # --- networks ---
@@ -444,6 +444,8 @@ def main(args):
             raise UserError(f"{paths[kind]} was made with {', '.join(other)}; remove it (and its .json), or give another --out")
         print(f"{paths[kind]} is there already")
     if not todo:
+        if args.keep_policies:
+            print("--keep-policies: nothing is trained, so nothing is kept; give another --out")
         return
     agent = run = replay = medium = None
     if set(todo) - {"random"}:
