@@ -246,6 +246,22 @@ def test_fit_and_shift_of_the_model_by_hand():
     assert m.model_shift(dynamics, original, r, critic)["model/backup_shift"].item() == pytest.approx(0.2 + 0.9 * (2 * 0.5 + 100), rel=1e-4)
 
 
+def test_return_shift_by_hand():
+    dynamics, original = m.Dynamics(2, 2, ARGS), m.Dynamics(2, 2, ARGS)
+    constant_model(dynamics, [1.0, 0.5, 0.0], -20.0)
+    constant_model(original, [0.8, 0.5, 0.3], -20.0)
+    agent = SimpleNamespace(policy=Slope(0.5), terminates=never, args=replace(ARGS, gamma=0.9, horizon=1000))
+    obs, before = torch.zeros(4, 2), torch.get_rng_state()
+    value = lambda steps: (1 - 0.9**steps) / 0.1  # of a reward of 1 a step  # noqa: E731
+    shift = lambda: m.return_shift(dynamics, original, obs, agent)["model/return_shift"].item()  # noqa: E731
+    assert shift() == pytest.approx(0.2 * value(20), rel=1e-4)
+    assert torch.equal(torch.get_rng_state(), before)  # looking changes no run
+    agent.terminates = lambda obs, act, next_obs: next_obs[:, 1] > 0.5  # under the fitted model alone, with its second step
+    assert shift() == pytest.approx(value(20) - 0.8 * value(2), rel=1e-4)
+    agent.args = replace(agent.args, horizon=5)
+    assert shift() == pytest.approx(value(5) - 0.8 * value(2), rel=1e-4)
+
+
 # --- who gets which gradient ---
 
 
@@ -701,6 +717,8 @@ def test_a_run_compares_the_policy_with_its_reference(whole):
     guard |= {f"model/rollout_{k}" for k in ("ended", "left", "drift_policy", "drift_reference")}
     guard |= {"model/reward_shift", "model/state_shift", "model/backup_shift", "q/policy_shift"}
     assert all(guard <= r.keys() for r in losses)
+    shifts = [r for r in rows if "model/return_shift" in r]
+    assert [r["update"] for r in shifts] == [20, 40] and 0 < abs(shifts[0]["model/return_shift"]) < 1
     assert 0 < losses[0]["model/reward_shift"] < 0.1 and 0 < losses[0]["q/policy_shift"] < 0.1
     assert len({r["model/nll_fitted"] for r in losses}) == 1 < len({r["model/nll"] for r in losses})
     assert [r["model/warm_start_update"] for r in rows if "losses/clone" in r] == [10, 20, 30]
