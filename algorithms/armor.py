@@ -42,8 +42,9 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      [-5, 2].
   6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
      its transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast
-     rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as a clone of its
-     actions; --clone data: of the data's.
+     rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as its network
+     and only the critics have a warm start; --clone reference: as a clone of its actions in the data's states, which is a poor one
+     where it goes elsewhere (a trial: a SAC policy of 91 points on hopper, its clone 8); --clone data: of the data's actions.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap;
      rollouts that end, overflow, or leave the data's range, widened by 10 %, begin again in the minibatch (clipped to it they stood
@@ -141,7 +142,8 @@ class Args:
     reference: str | None = None  # pi_ref: bc (clone of the data), data (ATAC's), a run's folder or a policy's file; None: bc, atac: data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
     warm_start_from: str | None = None  # folder of another run whose warm start is taken: same data, seed and settings, so the same one
-    clone: Literal["data", "reference"] | None = None  # whose actions the warm start clones; None: a given reference's, else the data's
+    clone: Literal["data", "reference", "copy"] | None = None  # whose actions the warm start clones, or the reference's own network; None:
+    # that of a given reference, else the data
     model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
     batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
@@ -171,7 +173,7 @@ MAY_BE_ZERO |= {"bellman_weight", "fit_weight", "target_weight", "warm_start_upd
 def resolve(args, task):
     """The arguments with the task's settings where the user left None; UserError for what cannot work."""
     tuned = {"horizon": task.max_steps, "reference": "bc" if args.model_ratio > 0 else "data"}
-    tuned["clone"] = "data" if args.reference in (None, "bc", "data") else "reference"
+    tuned["clone"] = "data" if args.reference in (None, "bc", "data") else "copy"
     args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
     args = replace(args, reference=os.path.normpath(args.reference).removesuffix(f"{os.sep}checkpoint.pt"))  # one run, one spelling
     for name, value in asdict(args).items():
@@ -195,8 +197,8 @@ def resolve(args, task):
         raise UserError("--warm-start-updates 0: the reference is the clone of the data that the warm start makes; give a run's folder")
     if num_model and args.reference == "data":
         raise UserError("--reference data: imagined states have no actions of the data; give bc, a run's folder, or --model-ratio 0")
-    if args.clone == "reference" and args.reference in ("bc", "data"):
-        raise UserError(f"--clone reference: --reference {args.reference} is the data itself")
+    if args.clone in ("reference", "copy") and args.reference in ("bc", "data"):
+        raise UserError(f"--clone {args.clone}: --reference {args.reference} is the data itself")
     return replace(args, exp_name=args.exp_name or ("armor" if num_model else "atac"), num_threads=args.num_threads or os.cpu_count())
 
 
@@ -838,12 +840,15 @@ def project(weights, bound):
 class ARMOR:
     """The two players; without `dynamics` ATAC."""
 
-    def __init__(self, obs_dim, act_dim, args, device, values=(-math.inf, math.inf), dynamics=None, terminates=None, v_max=1.0):
-        """values: range of the returns; the reference is None where the actions of the data are pi_ref's, and in the warm start"""
+    def __init__(
+        self, obs_dim, act_dim, args, device, values=(-math.inf, math.inf), dynamics=None, terminates=None, v_max=1.0, policy=None
+    ):
+        """values: range of the returns; policy: what it begins with, None: random weights. The reference is None where the actions of the
+        data are pi_ref's, and in the warm start."""
         self.args, self.device, self.dynamics, self.terminates, self.v_max = args, device, dynamics, terminates, v_max
         self.reference = None
         self.values = values if args.clip_v else (-math.inf, math.inf)
-        self.policy = Policy(obs_dim, act_dim, args.hidden).to(device)
+        self.policy = (policy or Policy(obs_dim, act_dim, args.hidden)).to(device)
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())  # l. 1; the warm start moves both, the copy behind
@@ -941,18 +946,22 @@ class ARMOR:
         return self.log_alpha["sac"].detach().exp()
 
     def warm_up(self, obs, act, rew, next_obs, terminated, cloned):
-        """Warm start: critics by E^w on the data, temperature, policy by the likelihood of the `cloned` actions, with entropy."""
+        """Warm start: critics by E^w on the data; temperature, and policy by the likelihood of the `cloned` actions, with entropy, unless
+        that is None."""
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum(), list(self.qf.parameters()))
+        metrics = {"losses/bellman": bellman.detach().mean(), "q/data": q.detach().mean()}
+        if cloned is None:
+            return metrics
         with self.autocast():
             mean, log_std = self.policy(obs)
         _, log_prob = squash(mean, log_std, torch.randn_like(mean))
         alpha = self.step_alpha(log_prob)
         clone_loss = -squashed_log_prob(mean, log_std, cloned).mean()
         descend(self.policy_opt, normalized_sum(clone_loss, log_prob.mean(), alpha))
-        return {"losses/bellman": bellman.detach().mean(), "losses/clone": clone_loss.detach(), "q/data": q.detach().mean()}
+        return metrics | {"losses/clone": clone_loss.detach()}
 
     def update(self, obs, act, rew, next_obs, terminated, known=None, pairs=None):
         """Adversary, targets, temperature, policy, in this order (Alg. 1, l. 4-6), from rows of the data and pairs (s, a) of D_model;
@@ -993,7 +1002,7 @@ def warm_start_key(args, data):
     """Everything that decides a warm start, which is the same with a model and without."""
     decisive = ("seed", "bf16", "warm_start_updates", "clone", "batch_size", "hidden", "gamma", "tau", "fast_lr", "target_entropy")
     decisive += ("target_weight", "clip_v", "weight_norm")
-    cloned = data.more_facts["reference"] if args.clone == "reference" else None
+    cloned = None if args.clone == "data" else data.more_facts["reference"]
     return json.loads(json.dumps({k: getattr(args, k) for k in decisive} | {"data": data.sha256, "cloned": cloned}))
 
 
@@ -1013,7 +1022,8 @@ def warm_start_of_another_run(args, key):
 
 
 def warm_start(agent, rows, reference, args, run, key, taken):
-    """The policy becomes a clone of the data or of the given reference, the critics learn its values; or it is `taken` over."""
+    """The policy becomes a clone of the data or of the given reference, or stays its copy; the critics learn its values. Or all of it is
+    `taken` over."""
     sizes, step = (agent.policy.net[0].in_features, agent.policy.net[-1].out_features // 2), 0
     if taken:
         agent.load_warm_start(taken)
@@ -1025,7 +1035,8 @@ def warm_start(agent, rows, reference, args, run, key, taken):
     bar = progress(args.warm_start_updates, "warm start", "update", step)
     while step < args.warm_start_updates:
         batch = unpack(rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)], *sizes)
-        metrics = agent.warm_up(*batch, reference.sample(batch[0]) if args.clone == "reference" else batch[1])
+        cloned = {"data": lambda: batch[1], "reference": lambda: reference.sample(batch[0]), "copy": lambda: None}[args.clone]()
+        metrics = agent.warm_up(*batch, cloned)
         step += 1
         bar.update()
         if step % args.log_every == 0 or step % args.checkpoint_every == 0:
@@ -1099,6 +1110,9 @@ def main(args):
         v_max = fitted["model/reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
         game |= {"dynamics": dynamics, "terminates": termination_fn(task, data), "v_max": v_max}
     torch.manual_seed(4 * args.seed + 1)  # with and without model the game begins with the same policy and critics
+    if args.clone == "copy":
+        game["policy"] = Policy(obs_dim, act_dim, [layer.out_features for layer in reference.net if hasattr(layer, "out_features")][:-1])
+        game["policy"].load_state_dict(reference.state_dict())
     agent = ARMOR(obs_dim, act_dim, args, device, **game)
     if "clone" in run.state:
         agent.load_state_dict(run.state["agent"])

@@ -647,6 +647,7 @@ def test_settings():
         ("--model-ratio", "0.001"),
         ("--reference", "data"),
         ("--clone", "reference"),
+        ("--clone", "copy"),
         ("--warm-start-updates", "0"),
         ("--warm-start-updates", "0", "--model-ratio", "0"),
         ("--pairs-kept", "255"),
@@ -660,7 +661,7 @@ def test_settings():
             resolved(*flags)
     assert resolved("--model-buffer-size", "256").pairs_kept == 256
     assert resolved("--warm-start-updates", "0", "--reference", "runs/x/").reference == "runs/x"
-    assert resolved().clone == "data" and resolved("--reference", "runs/x").clone == "reference"
+    assert resolved().clone == "data" and resolved("--reference", "runs/x").clone == "copy"
 
 
 # --- runs ---
@@ -775,6 +776,28 @@ def test_atac_begins_where_armor_begins_and_is_resumed(whole, data_file, tmp_pat
     assert all(torch.equal(v, other["clone"][k]) for k, v in state["clone"].items())  # the same warm start
     assert not {"dynamics", "rollouts"} & state.keys() and "dynamics" not in state["agent"]
     assert not any(k.startswith("model/") and k != "model/warm_start_update" for row in metrics(folder) for k in row)
+
+
+def test_the_policy_begins_as_the_given_reference_itself(data_file, tmp_path, collector):  # noqa: F811
+    sac = collector.Policy(11, 3, 16)  # other widths than --hidden, another bound of the log standard deviation
+    torch.save({"agent": {"policy": sac.state_dict()}}, tmp_path / "policy_7.pt")
+    flags = ("--reference", str(tmp_path / "policy_7.pt"), "--exp-name", "second", "--slow-lr", "1e-4", "--eval-episodes", "0")
+    killed("x.get('model/warm_start_update') == 20", data_file, tmp_path / "killed", *flags)
+    killed("u == 30", data_file, tmp_path / "killed", *flags)
+    here(data_file, tmp_path / "killed", *flags)
+    here(data_file, tmp_path / "whole", *flags)
+    states = [torch.load(folder_of(tmp_path / x, "second") / "checkpoint.pt", weights_only=True) for x in ("whole", "killed")]
+    state, obs = states[0], torch.randn(50, 11)
+    assert all(torch.equal(v, states[1]["agent"][net][k]) for net in ("policy", "qf", "dynamics") for k, v in state["agent"][net].items())
+    begun, ended = m.Policy(11, 3, (16, 16)), m.Policy(11, 3, (16, 16))
+    begun.load_state_dict(state["clone"])  # as the warm start left it
+    ended.load_state_dict(state["agent"]["policy"])
+    torch.testing.assert_close(begun(obs)[0].tanh(), sac(obs)[2])
+    assert 1e-4 < (ended(obs)[0] - begun(obs)[0]).abs().max() < 0.5
+    fresh = m.QFunctions(11, 3, state["warm_start"]["qf"]["q1.0.weight"].shape[:1] * 2)
+    assert state["warm_start"]["qf"].keys() == fresh.state_dict().keys() and len(state["warm_start"]["critics_adam"]) > 0
+    rows = metrics(folder_of(tmp_path / "whole", "second"))
+    assert not any("losses/clone" in row for row in rows) and sum("model/warm_start_update" in row for row in rows) == 3
 
 
 def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_path, monkeypatch, capsys):  # noqa: F811
