@@ -481,8 +481,9 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
     out = out or (ROOT / "figures" if results.resolve() == ROOT / "results" else results / "figures")
     out.mkdir(parents=True, exist_ok=True)
     every_cell = cells_of(results_in(results))
-    cells = [cell for cell in every_cell if cell.reference is None and not cell.source.endswith(ASIDE["select_"][0])]
-    results_proper = [cell for cell in cells if not cell.source.endswith(ASIDE["diag_"][0])]
+    proper = [cell for cell in every_cell if not cell.source.endswith(tuple(end for end, _ in ASIDE.values()))]
+    results_proper = [cell for cell in proper if cell.reference is None]
+    cells = [cell for cell in every_cell if cell.reference is None and not cell.source.endswith(ASIDE["select_"][0])]  # with curves
 
     everything = [*PRINTED, *sorted({cell.algorithm for cell in cells} - PRINTED.keys(), key=lambda name: (name.startswith("diag_"), name))]
     palette = [colour for name in ("tab20", "Dark2", "Set2") for colour in plt.get_cmap(name).colors]
@@ -504,8 +505,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         figure.legend(fontsize=8, title="line: mean over seeds\nband: smallest to largest", title_fontsize=8, loc="outside right upper")
         save(figure, f"{task.replace('/', '-')}__{source}")
 
-    shown = [cell for cell in every_cell if not cell.source.endswith(tuple(end for end, _ in ASIDE.values()))]
-    for (task, source), group in itertools.groupby(shown, lambda cell: (cell.task, cell.source)):
+    for (task, source), group in itertools.groupby(proper, lambda cell: (cell.task, cell.source)):
         games = {}  # what a line of the picture has in common -> [(beta, ARMOR's scores, those of its reference)]
         for cell in group:
             scores = [result["reference"] for result, _ in cell.runs if "reference" in result]

@@ -42,9 +42,10 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      [-5, 2].
   6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
      its transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast
-     rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as its network
-     and only the critics have a warm start; --clone reference: as a clone of its actions in the data's states, which is a poor one
-     where it goes elsewhere (a trial: a SAC policy of 91 points on hopper, its clone 8); --clone data: of the data's actions.
+     rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as a copy of its
+     network, of that network's size, and only the critics have a warm start; --clone reference: as a clone of its actions in the
+     data's states, a poor one where it goes elsewhere (a trial: a SAC policy of 91 points on hopper, its clone 8); --clone data:
+     as a clone of the data's actions.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap;
      rollouts that end, overflow, or leave the data's range, widened by 10 %, begin again in the minibatch (clipped to it they stood
@@ -54,8 +55,8 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      used for nothing else (benchmarks.md); the paper's, one pair per data set, are not known. With too small a lambda M gives way to
      the critics off the data, which its fit to held-out rows hardly shows: with 1 its targets on hopper are lower than the fitted
      model's by more than a reward (model/backup_shift), and the policy falls back to its reference; with 1000 and less the cheetah
-     falls in M less often than in the fitted model and in the simulator (model/return_shift). In trials of 400
-     updates on hopper M lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
+     falls in M less often than in the fitted model and in the simulator (model/return_shift). In trials of 400 updates on hopper M
+     lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
  10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals. What is
      logged as the reference is the clone.
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
@@ -142,8 +143,7 @@ class Args:
     reference: str | None = None  # pi_ref: bc (clone of the data), data (ATAC's), a run's folder or a policy's file; None: bc, atac: data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
     warm_start_from: str | None = None  # folder of another run whose warm start is taken: same data, seed and settings, so the same one
-    clone: Literal["data", "reference", "copy"] | None = None  # whose actions the warm start clones, or the reference's own network; None:
-    # that of a given reference, else the data
+    clone: Literal["data", "reference", "copy"] | None = None  # pi begins as a clone of these actions, or copy of pi_ref (None; else data)
     model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
     batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
@@ -1035,7 +1035,9 @@ def warm_start(agent, rows, reference, args, run, key, taken):
     bar = progress(args.warm_start_updates, "warm start", "update", step)
     while step < args.warm_start_updates:
         batch = unpack(rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)], *sizes)
-        cloned = {"data": lambda: batch[1], "reference": lambda: reference.sample(batch[0]), "copy": lambda: None}[args.clone]()
+        cloned = batch[1] if args.clone == "data" else None
+        if args.clone == "reference":
+            cloned = reference.sample(batch[0])
         metrics = agent.warm_up(*batch, cloned)
         step += 1
         bar.update()
