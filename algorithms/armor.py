@@ -25,40 +25,45 @@ makes the critics pessimistic, and M is made to agree with them as far as lambda
 What the poster leaves open, and what is done here. "unverified": said to be the paper's, by sources that we could not check.
   1. E_D is taken on the data's rows. Eq. 4 prints D_model, which holds no r and no s'. Rows without a known successor are left out.
      L, E^w and E_D are means over rows of the minibatch; the poster prints E_D as a sum.
-  2. V_max: ours, the reward error of the fitted model, so that rewards are held to the data as states are. With the bound of the
-     returns, 550 on hopper, the predicted reward follows the critics: its error rose from 0.03 to 2.0 in 400 updates (a trial).
+  2. V_max: ours, the fitted model's reward error on held-out rows (at least 1e-3), so that rewards are held to the data about as
+     states are. With the bound of the returns, 550 on hopper, the predicted reward follows the critics: its error rose from 0.03 to
+     2.0 in 400 updates (a trial).
   3. M is one member of MOPO's ensemble (arXiv:2005.13239; 4 layers of 200, learnt variance), R_M the mean of its reward output.
      Ours: fitted alone, by early stopping on held-out rows (unverified: 100 000 steps). E_D leaves these out as well, so that they
      tell whether the game harms the model. Weight decay stays on, as strong against the data fit as it was; the bounds of
      the log-variance stay where the fit left them; and M's rate rises over 500 updates: with Adam's first steps at full length the
-     fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per row).
+     fit is lost at once and found again after some 50 updates (a trial: 25 to -160 and back to 25 nats of log P per row). M is
+     never frozen, whatever becomes of its fit: lambda alone holds it.
   4. One backward pass gives the gradients for M and f_i, so f_i steps on the M of before this step. s'_M is reparameterised, and
-     M's gradient also flows through a' ~ pi(.|s'_M) and through the target networks' inputs.
+     M's gradient also flows through a' ~ pi(.|s'_M) and through the target networks' inputs. Means over actions and successors are
+     one sample a row, so E^w contains the variance of gamma f(s'_M, a'), which M can lower as well.
   5. ATAC's code: L and E^w (the poster only names them); terms are added as L / beta + E for beta > 1 (bounded gradients), Proj_F
      is a Frobenius norm of 100 per layer, one sampled a' per row serves residual and target, tau, gamma, w = 1/2, rates 5e-4 and
      5e-7 (unverified for ARMOR, the same), 3 x 256 units. Proj_Pi is a learnt temperature for an entropy of minus the number of
-     actions; it steps before the policy, on the same samples as L. Not ATAC's: values of the next state in the target are clipped
-     to what rewards of the data allow (in lightATAC an option; r_M is not clipped), and the policy's log standard deviation to
-     [-5, 2].
-  6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, the critics minimise E^w of
-     its transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast
-     rate; that of the critics goes on. The clone, frozen, is pi_ref. If another reference is given, pi begins as a copy of its
-     network, of that network's size, and only the critics have a warm start; --clone reference: as a clone of its actions in the
-     data's states, a poor one where it goes elsewhere (a trial: a SAC policy of 91 points on hopper, its clone 8); --clone data:
-     as a clone of the data's actions.
+     actions; it steps before the policy, on the same samples as L; value and entropy are added like L and E. Off in ATAC's code
+     unless asked for: values of the next state in the target are clipped, here to what rewards of the data allow (r_M is not).
+     Not ATAC's: the policy's log standard deviation lies in [-5, 2].
+  6. Warm start as in ATAC's code, 100 000 updates (unverified: so ARMOR): the policy clones the data, by likelihood (of actions
+     clipped to 1 - 1e-6) and with the entropy bonus of the game, so it is no plain clone; the critics minimise E^w of the data's
+     transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast rate;
+     that of the critics and their slow copies go on (Alg. 1, l. 1, makes new copies). The clone, frozen, is pi_ref.
+     If another reference is given, pi begins as a copy of its network, of that network's size, with this script's bounds (log
+     standard deviation as above; none on the mean), and only the critics have a warm start; --clone reference: as a clone of its
+     actions in the data's states, a poor one where it goes elsewhere (a trial: a SAC policy of 91 points on hopper, its clone 8);
+     --clone data: as a clone of the data's actions.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
-  8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap;
-     rollouts that end, overflow, or leave the data's range, widened by 10 %, begin again in the minibatch (clipped to it they stood
-     at its border: 30 % of D_model after 100 000 updates on hopper, a trial); their last pair stays in D_model, which keeps its
-     last 1 000 000.
+  8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap,
+     and the data's own terminals count in the warm start only; rollouts that end, overflow, or leave the data's range, widened by
+     10 % on either side, begin again in the minibatch's states (a trial: when states were clipped to the range instead, 30 % of
+     D_model lay at its border after 100 000 updates on hopper); their last pair stays in D_model, which keeps its last 1 000 000.
   9. beta = 16 (the default of ATAC's scripts; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump with a seed that is
      used for nothing else (benchmarks.md); the paper's, one pair per data set, are not known. With too small a lambda M gives way to
      the critics off the data, which its fit to held-out rows hardly shows: with 1 its targets on hopper are lower than the fitted
-     model's by more than a reward (model/backup_shift), and the policy falls back to its reference; with 1000 and less the cheetah
-     falls in M less often than in the fitted model and in the simulator (model/return_shift). In trials of 400 updates on hopper M
-     lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
- 10. --model-ratio 0 is ATAC: L compares with the actions of the data instead of pi_ref's, E^w uses its r, s' and terminals. What is
-     logged as the reference is the clone.
+     model's by up to 3.75, more than the mean reward of a step (model/backup_shift), and the policy falls back to its reference;
+     with 1000 and less the policies of these games fall in M less often than in the fitted model and in the simulator
+     (model/return_shift). In trials of 400 updates on hopper M lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
+ 10. --model-ratio 0 is ATAC: E^w uses the data's r, s' and terminals, and L compares with its actions, unless --reference names
+     another policy. What is logged as the reference is the clone, or the policy named.
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
  12. J(pi) and J(pi_ref) are returns of mean actions in the same episodes, as they are and discounted; the game is about discounted
      ones, and is played on sampled actions.
@@ -134,8 +139,8 @@ class Args:
     ensemble_size = num_elites = 1  # no flags, "the only model-based method that doesn't rely on model ensembles"
 
     # --- rollout ---
-    horizon: int | None = None  # imagined steps per start state (h); None: by task
-    model_ratio: float = 0.5  # share of imagined rows in a batch (eta = 1 - real_ratio); 0: the base learner
+    horizon: int | None = None  # updates after which all rollouts begin again (H); None: the task's episode length
+    model_ratio: float = 0.5  # share of pairs from D_model in a batch, the others are the data's; 0: ATAC, no model
     pairs_kept: Annotated[int, tyro.conf.arg(aliases=["--model-buffer-size"])] = 1_000_000  # (s, a) in D_model, the oldest go first
     rollout_margin: float = 0.1  # imagined states may leave the data's range by this share of its width, then their rollout begins again
 
@@ -143,7 +148,7 @@ class Args:
     reference: str | None = None  # pi_ref: bc (clone of the data), data (ATAC's), a run's folder or a policy's file; None: bc, atac: data
     warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
     warm_start_from: str | None = None  # folder of another run whose warm start is taken: same data, seed and settings, so the same one
-    clone: Literal["data", "reference", "copy"] | None = None  # pi begins as a clone of these actions, or copy of pi_ref (None; else data)
+    clone: Literal["data", "reference", "copy"] | None = None  # pi clones these actions, or copies pi_ref; None: copy if one is given
     model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
     batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
@@ -193,12 +198,12 @@ def resolve(args, task):
         raise UserError(f"--model-ratio {args.model_ratio}: {args.batch_size} rows need some real and some imagined ones; 0: no model")
     if num_model and args.pairs_kept < 2 * (args.batch_size - num_model):
         raise UserError(f"--pairs-kept {args.pairs_kept}: one update adds {2 * (args.batch_size - num_model)} pairs")
-    if not args.warm_start_updates and args.reference in ("bc", "data"):
-        raise UserError("--warm-start-updates 0: the reference is the clone of the data that the warm start makes; give a run's folder")
     if num_model and args.reference == "data":
         raise UserError("--reference data: imagined states have no actions of the data; give bc, a run's folder, or --model-ratio 0")
     if args.clone in ("reference", "copy") and args.reference in ("bc", "data"):
         raise UserError(f"--clone {args.clone}: --reference {args.reference} is the data itself")
+    if not args.warm_start_updates and args.clone != "copy":
+        raise UserError("--warm-start-updates 0: without it there is no clone; give a run's folder as --reference, for pi to copy")
     return replace(args, exp_name=args.exp_name or ("armor" if num_model else "atac"), num_threads=args.num_threads or os.cpu_count())
 
 
@@ -660,18 +665,18 @@ def gaussian(dynamics, obs, act):
 
 @torch.no_grad()
 def model_fit(dynamics, obs, act, rew, next_obs):
-    """How well the model predicts rows of the data: log-density of s' and root mean squared errors."""
+    """How badly the model predicts rows of the data: negative log-density of s' and root mean squared errors."""
     mean, logvar = gaussian(dynamics, obs, act)
-    rmse = (mean - torch.cat([rew[:, None], next_obs - obs], -1)).square()
+    squares = (mean - torch.cat([rew[:, None], next_obs - obs], -1)).square()
     fit = {"nll": data_fit(mean, logvar, obs, rew, next_obs, torch.ones_like(rew), math.inf)}
-    fit |= {"reward_error": rmse[:, 0].mean().sqrt(), "state_error": rmse[:, 1:].mean().sqrt()}
+    fit |= {"reward_error": squares[:, 0].mean().sqrt(), "state_error": squares[:, 1:].mean().sqrt()}
     return {f"model/{k}": v for k, v in fit.items()}
 
 
 @torch.no_grad()
 def model_shift(dynamics, original, rollouts, agent):
-    """How far the model has moved from the fitted one off the data, where nothing else holds it: on pairs of D_model, root mean
-    squared differences in r, in its unit, and in s', in standard deviations of the data; and the mean difference in
+    """How far the game has moved the model from the fitted one where no data hold it: on pairs of D_model, root mean squared
+    differences in r, in its unit, and in s', in standard deviations of the data; and the mean difference in
     r + gamma f_1(s', pi), on mean s' and actions: below 0, M lets the critics believe less than the fitted model would."""
     pairs = rollouts.pairs[: rollouts.added]
     obs, act = pairs[:: max(1, len(pairs) // 2_000)].split([rollouts.mean.shape[0], pairs.shape[1] - rollouts.mean.shape[0]], -1)
@@ -688,8 +693,8 @@ def model_shift(dynamics, original, rollouts, agent):
 
 @torch.no_grad()
 def return_shift(dynamics, original, obs, agent):
-    """Discounted return of the policy, imagined from states of the data (N, O) over 2 / (1 - gamma) steps at most H, less that in the
-    fitted model: what a single step does not show, such as a fall that M has forgotten."""
+    """Discounted return of the policy, imagined from states of the data (N, O) over 2 / (1 - gamma) steps, but no more than
+    H, less that in the fitted model: what a single step does not show, such as a fall that M has forgotten."""
     gamma, returns = agent.args.gamma, []
     for model in (dynamics, original):
         generator = torch.Generator(obs.device).manual_seed(0)  # the same random numbers for both, and none of the game's
@@ -720,7 +725,7 @@ def data_fit(mean, logvar, obs, rew, next_obs, known, v_max):
 
 def termination_fn(task, data):
     """(obs, act, next_obs) -> (B,) bool, has the MDP ended with this transition? The rules of Gymnasium's v4 robots; with the
-    reference's signature, although none of them looks at more than next_obs."""
+    signature that mopo's have, although none of them looks at more than next_obs."""
     if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
         reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
         if not len(reached):
@@ -1139,7 +1144,7 @@ def main(args):
     begin, mark = (step, time.time()), (step, time.time())
     while step < args.total_updates:  # l. 2
         idx = torch.randint(len(rows), (num_real,), device=device)
-        batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3, as the pairs
+        batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3: of the data; those of D_model are the pairs
         if num_model:
             agent.ramp_model(step)
             pairs = rollouts.sample(num_model)

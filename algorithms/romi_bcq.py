@@ -659,7 +659,7 @@ def model_of_another_run(args, key):
 
 def termination_fn(task, data):
     """(obs, act, next_obs) -> (B,) bool, has the MDP ended with this transition? The rules of Gymnasium's v4 robots; with the
-    reference's signature, although none of them looks at more than next_obs."""
+    signature that mopo's have, although none of them looks at more than next_obs."""
     if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
         reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
         if not len(reached):

@@ -650,6 +650,7 @@ def test_settings():
         ("--clone", "copy"),
         ("--warm-start-updates", "0"),
         ("--warm-start-updates", "0", "--model-ratio", "0"),
+        ("--warm-start-updates", "0", "--reference", "runs/x", "--clone", "data"),
         ("--pairs-kept", "255"),
         ("--target-weight", "1.1"),
         ("--beta", "-1"),
