@@ -48,9 +48,11 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      transitions. Then the policy's optimiser begins anew at the slow rate, the temperature at 1 with a new one at the fast rate;
      that of the critics and their slow copies go on (Alg. 1, l. 1, makes new copies). The clone, frozen, is pi_ref.
      If another reference is given, pi begins as a copy of its network, of that network's size, with this script's bounds (log
-     standard deviation as above; none on the mean), and only the critics have a warm start; --clone reference: as a clone of its
-     actions in the data's states, a poor one where it goes elsewhere (a trial: a SAC policy of 91 points on hopper, its clone 8);
-     --clone data: as a clone of the data's actions.
+     standard deviation as above; none on the mean), and only the critics have a warm start, with half of their rows from rollouts
+     in the fitted M: the data alone leave the values of actions unlike theirs open, and the error is smallest where those follow
+     the values they should determine (a trial: on hopper Q stood at 14 where 235 is true). --clone reference: pi begins as a clone
+     of its actions, in the same rows, a poor one where these are not what it meets (a trial in the data's states: a SAC policy of
+     91 points, its clone 8); --clone data: as a clone of the data's actions, without rollouts.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap,
      and the data's own terminals count in the warm start only; rollouts that end, overflow, or leave the data's range, widened by
@@ -804,6 +806,14 @@ class Rollouts:
         stats = {"ended": ended, "left": left, "drift_policy": own.sqrt(), "drift_reference": given.sqrt()}
         return {f"model/rollout_{k}": v for k, v in stats.items()}
 
+    @torch.no_grad()
+    def transitions(self, size, dynamics):
+        """Pairs of D_model and what follows in M (Alg. 1, l. 4), for the warm start: (B, O), (B, A), (B,), (B, O), (B,)"""
+        obs, act = self.sample(size).split([len(self.mean), self.pairs.shape[1] - len(self.mean)], -1)
+        mean, logvar = gaussian(dynamics, obs, act)
+        next_obs = obs + mean[:, 1:] + (0.5 * logvar[:, 1:]).exp() * torch.randn_like(obs)
+        return obs, act, mean[:, 0], next_obs, self.terminates(obs, act, next_obs).float()
+
     def state_dict(self):
         full = self.added >= len(self.pairs)  # else a view, and torch.save writes all that a view is one of
         return {"states": self.states, "pairs": self.pairs if full else self.pairs[: self.added].clone(), "added": self.added}
@@ -951,13 +961,13 @@ class ARMOR:
         return self.log_alpha["sac"].detach().exp()
 
     def warm_up(self, obs, act, rew, next_obs, terminated, cloned):
-        """Warm start: critics by E^w on the data; temperature, and policy by the likelihood of the `cloned` actions, with entropy, unless
-        that is None."""
+        """Warm start: critics by E^w on given transitions; temperature, and policy by the likelihood of the `cloned` actions, with
+        entropy, unless that is None."""
         if self.args.compile:
             torch.compiler.cudagraph_mark_step_begin()
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum(), list(self.qf.parameters()))
-        metrics = {"losses/bellman": bellman.detach().mean(), "q/data": q.detach().mean()}
+        metrics = {"losses/bellman": bellman.detach().mean(), "q/batch": q.detach().mean()}
         if cloned is None:
             return metrics
         with self.autocast():
@@ -1003,12 +1013,13 @@ class ARMOR:
             getattr(self, k).load_state_dict(state[k])
 
 
-def warm_start_key(args, data):
-    """Everything that decides a warm start, which is the same with a model and without."""
+def warm_start_key(args, data, model):
+    """Everything that decides a warm start; one on the data alone is the same with a model and without, and `model` empty."""
     decisive = ("seed", "bf16", "warm_start_updates", "clone", "batch_size", "hidden", "gamma", "tau", "fast_lr", "target_entropy")
     decisive += ("target_weight", "clip_v", "weight_norm")
+    decisive += ("model_ratio", "pairs_kept", "rollout_margin", "horizon") if model else ()
     cloned = None if args.clone == "data" else data.more_facts["reference"]
-    return json.loads(json.dumps({k: getattr(args, k) for k in decisive} | {"data": data.sha256, "cloned": cloned}))
+    return json.loads(json.dumps(model | {k: getattr(args, k) for k in decisive} | {"data": data.sha256, "cloned": cloned}))
 
 
 def warm_start_of_another_run(args, key):
@@ -1021,14 +1032,14 @@ def warm_start_of_another_run(args, key):
     if "warm_start_key" not in state:
         raise UserError(f"{flag} its warm start is not over, or it is no run of armor.py")
     theirs = state["warm_start_key"]
-    if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
+    if differ := [f"{k} ({theirs.get(k)}, here {key.get(k)})" for k in sorted(key | theirs) if key.get(k) != theirs.get(k)]:
         raise UserError(f"{flag} its warm start has another {', '.join(differ)}")
     return state["warm_start"]
 
 
-def warm_start(agent, rows, reference, args, run, key, taken):
-    """The policy becomes a clone of the data or of the given reference, or stays its copy; the critics learn its values. Or all of it is
-    `taken` over."""
+def warm_start(agent, rows, reference, args, run, key, taken, rollouts):
+    """The policy becomes a clone of the data or of the given reference, or stays its copy; the critics learn its values, from rows of the
+    data and, if there are `rollouts`, of the fitted model. Or all of it is `taken` over."""
     sizes, step = (agent.policy.net[0].in_features, agent.policy.net[-1].out_features // 2), 0
     if taken:
         agent.load_warm_start(taken)
@@ -1037,9 +1048,16 @@ def warm_start(agent, rows, reference, args, run, key, taken):
         agent.load_state_dict(run.state["agent"])
         step = run.state["step"]
         run.restore_rng()
+        if rollouts:
+            rollouts.load_state_dict(run.state.pop("rollouts"))
+    num_model = round(args.model_ratio * args.batch_size) if rollouts else 0
     bar = progress(args.warm_start_updates, "warm start", "update", step)
     while step < args.warm_start_updates:
-        batch = unpack(rows[torch.randint(len(rows), (args.batch_size,), device=rows.device)], *sizes)
+        batch = unpack(rows[torch.randint(len(rows), (args.batch_size - num_model,), device=rows.device)], *sizes)
+        if rollouts:
+            imagined, starts = rollouts.transitions(num_model, agent.dynamics), batch[0]
+            batch = [torch.cat(x) for x in zip(batch, imagined, strict=True)]
+            rollouts.advance(step, starts, agent.policy, reference, agent.dynamics)
         cloned = batch[1] if args.clone == "data" else None
         if args.clone == "reference":
             cloned = reference.sample(batch[0])
@@ -1050,11 +1068,11 @@ def warm_start(agent, rows, reference, args, run, key, taken):
             run.log(0, {"model/warm_start_update": step} | metrics)
             bar.set_postfix({k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")})
         if step % args.checkpoint_every == 0:
-            run.save("warm_start", step, agent=agent.state_dict())
+            run.save("warm_start", step, agent=agent.state_dict(), rollouts=rollouts.state_dict() if rollouts else None)
     bar.close()
     kept = agent.warm_start_state()
     agent.begin_game()
-    run.save("policy", 0, agent=agent.state_dict(), clone=kept["policy"], warm_start=kept, warm_start_key=key)
+    run.save("policy", 0, agent=agent.state_dict(), rollouts=None, clone=kept["policy"], warm_start=kept, warm_start_key=key)
 
 
 # --- main ---
@@ -1087,7 +1105,8 @@ def main(args):
     key = model_key("forward", args, data) | {"ensemble_size": 1, "num_elites": 1}
     given = model_of_another_run(args, key) if args.dynamics_from and num_model else None
     reference = None if args.reference in ("bc", "data") else given_reference(args, data).to(device)
-    warm_key = warm_start_key(args, data)
+    imagines = num_model and args.clone != "data"  # in the warm start
+    warm_key = warm_start_key(args, data, key if imagines else {})
     warm_given = warm_start_of_another_run(args, warm_key) if args.warm_start_from else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     run = Run(args, task, data, device)
@@ -1121,10 +1140,11 @@ def main(args):
         game["policy"] = Policy(obs_dim, act_dim, [layer.out_features for layer in reference.net if hasattr(layer, "out_features")][:-1])
         game["policy"].load_state_dict(reference.state_dict())
     agent = ARMOR(obs_dim, act_dim, args, device, **game)
+    new_rollouts = partial(Rollouts, data.obs, act_dim, num_real, agent.terminates, args, device)
     if "clone" in run.state:
         agent.load_state_dict(run.state["agent"])
     else:
-        warm_start(agent, rows, reference, args, run, warm_key, warm_given)
+        warm_start(agent, rows, reference, args, run, warm_key, warm_given, new_rollouts() if imagines else None)
     reference = reference or Reference({"policy": run.state["clone"]}).to(device)
     agent.reference = None if args.reference == "data" else reference
     if args.eval_episodes and "reference_discounted" not in run.state:  # J(pi_ref) in the episodes of every evaluation
@@ -1133,7 +1153,7 @@ def main(args):
         discounted = float(np.mean([r @ args.gamma ** np.arange(len(r)) for r in rewards]))
         run.state |= {"reference_return": returns.mean().item(), "reference_discounted": discounted}
     torch.manual_seed(4 * args.seed + 3)
-    rollouts, step = Rollouts(data.obs, act_dim, num_real, agent.terminates, args, device) if num_model else None, run.state["step"]
+    rollouts, step = new_rollouts() if num_model else None, run.state["step"]
     if step:
         run.restore_rng()
         if num_model:

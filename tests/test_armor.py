@@ -550,6 +550,17 @@ def test_the_buffer_keeps_the_last_pairs():
     assert torch.equal(r.pairs, other.pairs) and torch.equal(r.states, other.states) and r.added == other.added == 36
 
 
+def test_transitions_of_the_warm_start_are_the_models():
+    r, dynamics = rollouts(step=(7.0, 0.25, 0.0), terminates=lambda obs, act, next_obs: next_obs[:, 0] > 1)
+    assert [x.shape for x in r.transitions(5, dynamics)] == [(0, 2), (0, 2), (0,), (0, 2), (0,)]
+    r.advance(0, torch.tensor([[0.9, 0.0], [0.5, 0.0], [-0.5, 0.0]]), Slope(0.5), Slope(-0.25), dynamics)
+    obs, act, rew, next_obs, terminated = r.transitions(100, dynamics)
+    torch.testing.assert_close(next_obs, obs + torch.tensor([0.25, 0.0]))
+    assert (rew == 7).all() and torch.equal(terminated, (obs[:, 0] == 0.9).float()) and 0 < terminated.sum() < 100
+    pairs = {tuple(row) for row in torch.cat([obs, act], 1).tolist()}
+    assert pairs == {tuple(row) for row in r.pairs[:6].tolist()} and not any(x.requires_grad for x in (rew, next_obs))
+
+
 # --- reference policies ---
 
 
@@ -799,6 +810,33 @@ def test_the_policy_begins_as_the_given_reference_itself(data_file, tmp_path, co
     assert state["warm_start"]["qf"].keys() == fresh.state_dict().keys() and len(state["warm_start"]["critics_adam"]) > 0
     rows = metrics(folder_of(tmp_path / "whole", "second"))
     assert not any("losses/clone" in row for row in rows) and sum("model/warm_start_update" in row for row in rows) == 3
+    more = (*flags[:-4], "--exp-name", "third", "--eval-episodes", "0", "--warm-start-from", str(folder_of(tmp_path / "whole", "second")))
+    for flag, word in (("--dynamics-max-epochs 1", "dynamics_max_epochs"), ("--horizon 8", "horizon"), ("--model-ratio 0", "")):
+        with pytest.raises(UserError, match=f"another .*{word}"):  # half of its rows are the model's
+            here(data_file, tmp_path / "none", *more, *flag.split())
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_warm_start_beside_a_given_reference_uses_the_model_as_it_was_fitted(whole, data_file, tmp_path, monkeypatch):  # noqa: F811
+    fitted, seen, states = torch.load(whole / "checkpoint.pt", weights_only=True)["dynamics"], [], []
+    warm_up, advance = m.ARMOR.warm_up, m.Rollouts.advance
+
+    def spy(self, *a):
+        assert all(torch.equal(v, fitted[k]) for k, v in self.dynamics.state_dict().items()) and a[-1] is None
+        seen.append(a)
+        return warm_up(self, *a)
+
+    monkeypatch.setattr(m.ARMOR, "warm_up", spy)
+    monkeypatch.setattr(m.Rollouts, "advance", lambda self, *a: (states.append((self, *a, self.pairs.clone())), advance(self, *a))[1])
+    here(data_file, tmp_path, "--reference", str(whole), "--exp-name", "second", "--total-updates", "20", "--eval-episodes", "0")
+    assert [len(a[0]) for a in seen] == [10] + 29 * [20] and [a[1] for a in states] == [*range(30), *range(20)]
+    first, game = states[0][0], states[30][0]
+    assert all(a[0] is first for a in states[:30]) and game is not first and game.added == 20 * 20  # D_model begins the game empty
+    for a, (_, _, starts, *_) in zip(seen, states, strict=False):
+        assert torch.equal(a[0][:10], starts)  # rows of the data first: they are where rollouts begin
+    drawn, imagined = torch.cat(seen[29][:2], 1)[10:].tolist(), states[29][-1].tolist()
+    assert all(row in imagined for row in drawn)
+    here(data_file, tmp_path, "--reference", str(whole), "--exp-name", "data", "--clone", "data", "--warm-start-from", str(whole))
 
 
 def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -816,7 +854,7 @@ def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_pat
     monkeypatch.setattr(m.ARMOR, "warm_up", lambda self, *a: (cloned.append(a[-1] is asked[-1]), warm_up(self, *a))[1])
     monkeypatch.setattr(m.ARMOR, "adversary_loss", lambda self, *a: (used.append(a[3] is asked[-1]), loss(self, *a))[1])
     here(data_file, tmp_path, *flags)
-    assert cloned == 30 * [True] and used == 20 * [True] and len(asked) == 30 + 2 * 20  # an update: for L, and for the rollouts
+    assert cloned == 30 * [True] and used == 20 * [True] and len(asked) == 2 * 30 + 2 * 20  # to clone or for L, and for the rollouts
     monkeypatch.undo()
     folder = folder_of(tmp_path, "second")
     for k in ("return", "discounted_return"):  # as that run evaluated itself
