@@ -50,9 +50,11 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      If another reference is given, pi begins as a copy of its network, of that network's size, with this script's bounds (log
      standard deviation as above; none on the mean), and only the critics have a warm start, with half of their rows from rollouts
      in the fitted M: the data alone leave the values of actions unlike theirs open, and the error is smallest where those follow
-     the values they should determine (a trial: on hopper Q stood at 14 where 235 is true). --clone reference: pi begins as a clone
-     of its actions, in the same rows, a poor one where these are not what it meets (a trial in the data's states: a SAC policy of
-     91 points, its clone 8); --clone data: as a clone of the data's actions, without rollouts.
+     the values they should determine (a trial on hopper: Q rose to 14, with such rows to 140). The target entropy is the copy's
+     own in the data's states where that is below minus the number of actions, so that pi_ref itself is allowed (a trial: SAC's,
+     -6.7, was pressed to -3, and the policy lost a third of its score). --clone reference: pi begins as a clone of its actions in
+     the same rows, a poor one where it meets others (a trial, the data's rows only: a SAC policy of 91 points, its clone 8);
+     --clone data: as a clone of the data's actions, from the data alone.
   7. Batches of 256, half from D_model: ours. D_model is empty in the first update, which takes the data's half only.
   8. H is the episode length (unverified). Ours: what ends (the environment's rule; without one nothing ends) does not bootstrap,
      and the data's own terminals count in the warm start only; rollouts that end, overflow, or leave the data's range, widened by
@@ -158,7 +160,7 @@ class Args:
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers of policy and Q functions
     fast_lr: float = 5e-4  # adversary: critics and model; temperature; everything in the warm start (eta_fast)
     slow_lr: float = 5e-7  # policy (eta_slow)
-    target_entropy: float | None = None  # None: minus the number of action dimensions
+    target_entropy: float | None = None  # None: minus the number of action dimensions; of a copied policy its own if that is lower
     bellman_weight: Annotated[float, tyro.conf.arg(aliases=["--beta"])] = 16.0  # of E^w and E_D against relative pessimism (beta)
     fit_weight: Annotated[float, tyro.conf.arg(aliases=["--lambda"])] = 10_000.0  # of the data fit against the Bellman error (lambda)
     target_weight: float = 0.5  # share of the error against the target networks in the Bellman error, the rest is residual (w)
@@ -826,6 +828,13 @@ class Rollouts:
 # --- learner ---
 
 
+@torch.no_grad()
+def entropy(policy, obs):
+    """Mean entropy of the policy in states (N, O), from one sample each, the same ones every time."""
+    mean, log_std = policy(obs)
+    return -squash(mean, log_std, torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))[1].mean().item()
+
+
 def value_range(rew, gamma):
     """Smallest and largest return that rewards in the range of `rew` (N,) and 0 allow, at least 1 / (1 - gamma) apart (lightATAC's
     --clip_v)."""
@@ -1139,7 +1148,10 @@ def main(args):
     if args.clone == "copy":
         game["policy"] = Policy(obs_dim, act_dim, [layer.out_features for layer in reference.net if hasattr(layer, "out_features")][:-1])
         game["policy"].load_state_dict(reference.state_dict())
+        least = entropy(game["policy"], data.obs[:: max(1, len(data) // 20_000)])
     agent = ARMOR(obs_dim, act_dim, args, device, **game)
+    if args.clone == "copy" and args.target_entropy is None:  # pi_ref is to be among the policies that Proj_Pi allows
+        agent.target_entropy = min(agent.target_entropy, least)
     new_rollouts = partial(Rollouts, data.obs, act_dim, num_real, agent.terminates, args, device)
     if "clone" in run.state:
         agent.load_state_dict(run.state["agent"])
@@ -1178,6 +1190,7 @@ def main(args):
         if step % args.log_every == 0 or save:
             sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
             metrics["q/policy_shift"] = (agent.act(some_obs) - reference.best(some_obs).cpu()).abs().mean()
+            metrics["q/target_entropy"] = agent.target_entropy
             if num_model:
                 metrics |= rollouts.report() | model_fit(dynamics, *probe) | {f"{k}_fitted": v for k, v in fitted.items()}
                 metrics |= model_shift(dynamics, original, rollouts, agent)

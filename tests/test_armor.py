@@ -790,6 +790,31 @@ def test_atac_begins_where_armor_begins_and_is_resumed(whole, data_file, tmp_pat
     assert not any(k.startswith("model/") and k != "model/warm_start_update" for row in metrics(folder) for k in row)
 
 
+def test_entropy_of_a_policy_by_hand():
+    """Of a uniform action in [-1, 1]: log 2; a Gaussian of standard deviation 0.01 in the middle: log(0.01 sqrt(2 pi e)), each output."""
+    obs = torch.zeros(20_000, 2)
+    narrow = lambda obs: (obs, torch.full_like(obs, math.log(0.01)))  # noqa: E731
+    assert m.entropy(narrow, obs) == pytest.approx(2 * (math.log(0.01) + 0.5 * math.log(2 * math.pi * math.e)), abs=0.03)
+    broad = lambda obs: (obs, torch.full_like(obs, -0.14))  # noqa: E731
+    assert m.entropy(broad, obs) == pytest.approx(2 * math.log(2), abs=0.06) and m.entropy(broad, obs) == m.entropy(broad, obs)
+
+
+@pytest.mark.parametrize("bias, flags", [(-3.0, ()), (0.0, ()), (-3.0, ("--target-entropy", "-2")), (-3.0, ("--clone", "reference"))])
+def test_a_copied_policy_is_allowed_by_its_target_entropy(data_file, tmp_path, collector, bias, flags):  # noqa: F811
+    sac = collector.Policy(11, 3, 16)
+    with torch.no_grad():
+        sac.head.bias[3:] = bias  # of the log standard deviation
+        sac.head.weight.mul_(0.01)
+    torch.save({"agent": {"policy": sac.state_dict()}}, tmp_path / "policy_7.pt")
+    given = ("--reference", str(tmp_path / "policy_7.pt"), "--exp-name", "second", "--total-updates", "10", "--eval-episodes", "0")
+    here(data_file, tmp_path, *given, *flags)
+    (seen,) = {r["q/target_entropy"] for r in metrics(folder_of(tmp_path, "second")) if "q/target_entropy" in r}
+    if flags or not bias:
+        assert seen == (-2 if "--target-entropy" in flags else -3)
+    else:
+        assert seen == pytest.approx(3 * (bias + 0.5 * math.log(2 * math.pi * math.e)), abs=0.2) and seen < -3
+
+
 def test_the_policy_begins_as_the_given_reference_itself(data_file, tmp_path, collector):  # noqa: F811
     sac = collector.Policy(11, 3, 16)  # other widths than --hidden, another bound of the log standard deviation
     torch.save({"agent": {"policy": sac.state_dict()}}, tmp_path / "policy_7.pt")
