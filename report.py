@@ -105,6 +105,11 @@ def read_result(folder):
         raise UserError(f"{folder / 'result.json'}: not JSON ({e}); cut off while it was copied?") from None
 
 
+def of(line, kind):
+    """The values in a line of metrics whose names begin with `kind`, without it."""
+    return {k.removeprefix(kind): v for k, v in line.items() if k.startswith(kind)}
+
+
 def cells_of(folders):
     """The results in `folders`, in cells that share task, data, algorithm, updates and flags, ordered."""
     cells = {}
@@ -124,6 +129,7 @@ def cells_of(folders):
             result["reference"] = references[-1]["reference/normalized_score" if normalized else "reference/return"]
             result["improvement"] = ends[1] - result["reference"]
             result["discounted_improvement"] = references[-1].get("reference/discounted_improvement")  # None: of an older run
+            result["discounted"] = tuple(x.get("discounted_return") for x in (of(lines[-1], "eval/"), of(references[-1], "reference/")))
         data, flags = result["dataset"], training_flags(result.get("command"))
         flags += ((folder / "note.txt").read_text().strip(),) if (folder / "note.txt").exists() else ()
         source = (data["source"] if data["source"] != "file" else data["id"]) + IMITATION * ("expert" in data)
@@ -506,31 +512,42 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
         save(figure, f"{task.replace('/', '-')}__{source}")
 
     for (task, source), group in itertools.groupby(proper, lambda cell: (cell.task, cell.source)):
-        games = {}  # what a line of the picture has in common -> [(beta, ARMOR's scores, those of its reference)]
+        games = {}  # what a line of the picture has in common -> [(beta, [(ARMOR's, its reference's) of every seed] of each panel)]
         for cell in group:
-            scores = [result["reference"] for result, _ in cell.runs if "reference" in result]
-            if scores and float(cell.setting.get("model-ratio", ["1"])[0]):  # without a model it is ATAC
+            results = [result for result, _ in cell.runs if "reference" in result]
+            if results and float(cell.setting.get("model-ratio", ["1"])[0]):  # without a model it is ATAC
                 alike = (cell.reference or "clone of the data", f"{thousands(cell.updates)} updates", *cell.besides, cell.data)
-                games.setdefault(alike, []).append((cell.beta, cell.last, scores))
+                scores = [(result["reference"] + result["improvement"], result["reference"]) for result in results]
+                games.setdefault(alike, []).append((cell.beta, (scores, [result["discounted"] for result in results])))
         if len({alike[0] for alike in games}) < 2 and max(map(len, games.values()), default=0) < 3:
             continue  # a picture is of several references, or of several betas
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        for i, (alike, points) in enumerate(sorted(games.items(), key=lambda item: np.mean(item[1][0][2]))):
-            apart = alike[1:] if sum(other[0] == alike[0] for other in games) > 1 else ()
-            label = "\n".join(textwrap.wrap(" ".join(("ARMOR, reference:", *alike[:1], *apart)), 90, break_on_hyphens=False))
-            points.sort(key=lambda point: point[0])
-            betas, means, own = ([*x] for x in zip(*((beta, np.mean(last), np.mean(ref)) for beta, last, ref in points), strict=True))
-            error = [np.std(last, ddof=1) if len(last) > 1 else np.nan for _, last, _ in points]  # of one seed no bar
-            colour = plt.get_cmap("viridis")(i / max(1, len(games)))
-            axes.errorbar(betas, means, error, color=colour, marker="o", markersize=4, capsize=3, label=label)
-            axes.axhline(np.mean(own), color=colour, linestyle="--", linewidth=1)
-        axes.set(title=f"{task} ({source} data)", xlabel="beta (the smaller, the more pessimism)", ylabel="last evaluation")
-        ticks = sorted({beta for points in games.values() for beta, *_ in points})
-        axes.set_xscale("log" if ticks[0] else "symlog")
-        axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-        figure.legend(fontsize=8, title="dashed: the reference itself", title_fontsize=8, loc="outside lower center")
+        if any(alike[0] != "clone of the data" for alike in games):  # the clone beside the others only where it has several betas, too
+            games = {alike: points for alike, points in games.items() if alike[0] != "clone of the data" or len(points) > 1}
+        titles = ["last evaluation"]
+        if all(None not in pair for points in games.values() for _, (_, pairs) in points for pair in pairs):
+            titles.append("discounted return, which the game is about")
+        figure, panels = plt.subplots(1, len(titles), figsize=(6 * len(titles), 4.8), layout="constrained", squeeze=False)
+        ticks = sorted({beta for points in games.values() for beta, _ in points})
+        for k, (axes, title) in enumerate(zip(panels[0], titles, strict=True)):
+            ordered = sorted(games.items(), key=lambda item: np.mean([own for _, own in item[1][0][1][0]]))
+            for i, (alike, points) in enumerate(ordered):
+                apart = alike[1:] if sum(other[0] == alike[0] for other in games) > 1 else ()
+                label = "\n".join(textwrap.wrap(" ".join(("ARMOR, reference:", *alike[:1], *apart)), 90, break_on_hyphens=False))
+                points.sort(key=lambda point: point[0])
+                seeds = [np.array(both[k]) for _, both in points]
+                error = [np.std(pairs[:, 0], ddof=1) if len(pairs) > 1 else np.nan for pairs in seeds]  # of one seed no bar
+                colour = plt.get_cmap("viridis")(i / max(1, len(games)))
+                means, own = ([np.mean(pairs[:, column]) for pairs in seeds] for column in (0, 1))
+                axes.errorbar([beta for beta, _ in points], means, error, color=colour, marker="o", markersize=4, capsize=3, label=label)
+                axes.axhline(np.mean(own), color=colour, linestyle="--", linewidth=1)
+            axes.set(xlabel="beta (the smaller, the more pessimism)", ylabel=title)
+            axes.set_xscale("log" if ticks[0] else "symlog")
+            axes.set_xticks(ticks, [f"{beta:g}" for beta in ticks], minor=False)
+            axes.set_xticks([], minor=True)
+            axes.grid(alpha=0.3)
+        figure.suptitle(f"{task} ({source} data)")
+        legend = panels[0][0].get_legend_handles_labels()
+        figure.legend(*legend, fontsize=8, title="dashed: the reference itself", title_fontsize=8, loc="outside lower center")
         save(figure, f"references__{task.replace('/', '-')}__{source}")
 
     for source in sorted({cell.source for cell in results_proper}):

@@ -195,6 +195,19 @@ def test_armor_beside_several_references_has_a_table_and_a_picture_of_its_own(tm
     assert lines == [*own, *others, ([4.0], [30.5], [pytest.approx(0.5**0.5)])]
     assert [a for name, a in drawn if name == "axhline"] == [(8.0,), (10.0,), (10.0,), (40.0,)]
     assert (tmp_path / "pictures" / "references__hopper-medium-v2__d4rl.png").exists()
+    for i, folder in enumerate(sorted((tmp_path / "results").glob("*armor*"))):
+        lines, more = (
+            (folder / "evals.jsonl").read_text().splitlines(),
+            ({"eval/discounted_return": 50.0 + i}, {"reference/discounted_return": 49.0}),
+        )
+        if len(lines) == 3:
+            lines[1:] = [json.dumps(json.loads(line) | extra) for line, extra in zip(lines[1:], more, strict=True)]
+            (folder / "evals.jsonl").write_text("\n".join(lines) + "\n")
+    drawn.clear()
+    report.plot(tmp_path / "results", tmp_path / "pictures")
+    lines = [a for name, a in drawn if name == "errorbar" and len(a) == 3]
+    assert len(lines) == 8 and lines[0] == own[0] and all(50 <= y < 70 for _, ys, _ in lines[4:] for y in ys)
+    assert [a for name, a in drawn if name == "axhline"] == [(8.0,), (10.0,), (10.0,), (40.0,), *[(49.0,)] * 4]
     for folder in (tmp_path / "results").glob("*"):
         if "--reference" in (folder / "result.json").read_text():
             shutil.rmtree(folder)
