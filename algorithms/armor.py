@@ -713,7 +713,7 @@ def return_shift(dynamics, original, obs, agent):
             ended = agent.terminates(state, act, next_obs) | ~next_obs.isfinite().all(-1)
             weight = gamma * torch.where(ended, 0.0, weight)
             state = torch.where(ended[:, None], obs, next_obs)
-        returns.append(total.mean())
+        returns.append(total.nan_to_num().clamp(*agent.values).mean())  # a rollout that overflows counts as the worst or the best
     return {"model/return_shift": returns[0] - returns[1]}
 
 
