@@ -294,14 +294,14 @@ def task_table(cells):
 
 def reference_table(cells):
     """ARMOR beside reference policies that are other runs."""
-    rows = []
+    rows, shared = [], [flag for flag in cells[0].besides if len(cells) > 1 and all(flag in cell.besides for cell in cells)]
     for cell in sorted(cells, key=lambda cell: (np.mean([result["reference"] for result, _ in cell.runs]), cell.reference, cell.beta)):
         gains, own = ([result for result, _ in cell.runs], [result["reference"] for result, _ in cell.runs])
         row = [cell.algorithm, f"`{cell.reference}`", spread(own), f"{cell.beta:g}", thousands(cell.updates)]
         row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last)]
-        rows.append([*row, *gain_cells(gains), code(cell.besides)])
+        rows.append([*row, *gain_cells(gains), code(tuple(flag for flag in cell.besides if flag not in shared))])
     titles = ["algorithm", "reference policy", "its score", "beta", "updates", "seeds", "last evaluation"]
-    return markdown([*titles, *GAINS, "flags"], rows)
+    return markdown([*titles, *GAINS, "flags"], rows) + (f"\nFlags of all: {code(shared)}.\n" if shared else "")
 
 
 def quotation(entry):
@@ -525,7 +525,7 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
             games = {alike: points for alike, points in games.items() if alike[0] != "clone of the data" or len(points) > 1}
         titles = ["last evaluation"]
         if all(None not in pair for points in games.values() for _, (_, pairs) in points for pair in pairs):
-            titles.append("discounted return, which the game is about")
+            titles.append("its discounted return, which the game is about")
         figure, panels = plt.subplots(1, len(titles), figsize=(6 * len(titles), 4.8), layout="constrained", squeeze=False)
         ticks = sorted({beta for points in games.values() for beta, _ in points})
         for k, (axes, title) in enumerate(zip(panels[0], titles, strict=True)):
