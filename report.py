@@ -210,6 +210,7 @@ def mean_interval(values):
 
 
 GAINS = ["over its reference [95 %]", "in discounted return [95 %]"]
+GAINED = "Over its reference: the last evaluation less that of ARMOR's reference policy; in discounted return: the same, in returns"
 
 
 def gain_cells(results):
@@ -257,6 +258,12 @@ def code(flags):
     return ", ".join([f"`{' '.join(given)}`"] * bool(given) + notes) or "-"
 
 
+def unit_of(cells):
+    """What the numbers of a table are."""
+    unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"
+    return f"{unit}, {' or '.join(str(n) for n in sorted({cell.episodes for cell in cells}))} episodes an evaluation"
+
+
 def task_table(cells):
     """One task on data from one source."""
     fewest = min(cell.updates for cell in cells)
@@ -283,11 +290,10 @@ def task_table(cells):
     titles = ["algorithm", "updates", "seeds", "last evaluation", "IQM [95 %]", "mean of the last 10"]
     titles += [f"at {thousands(fewest)}"] if differ else []
     titles += GAINS if referred else []
-    unit = "D4RL's normalised score" if any(cell.normalized for cell in cells) else "Return"
-    episodes = " or ".join(str(n) for n in sorted({cell.episodes for cell in cells}))
-    legend = f"{unit}, {episodes} episodes an evaluation, mean ± standard deviation over seeds, on {in_words(cells[0].source)}"
+    legend = f"{unit_of(cells)}, mean ± standard deviation over seeds, on {in_words(cells[0].source)}"
     if not several["data"]:
         legend += f", {thousands(cells[0].runs[0][0]['dataset']['transitions'])} transitions, sha256 {cells[0].data}"
+    legend += f". {GAINED}" if referred else ""
     legend += f". Flags of all: {code(shared)}" if shared else ""
     return markdown([*titles, "published", "wall time", "flags"], rows) + f"\n{legend}.\n"
 
@@ -301,7 +307,9 @@ def reference_table(cells):
         row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last)]
         rows.append([*row, *gain_cells(gains), code(tuple(flag for flag in cell.besides if flag not in shared))])
     titles = ["algorithm", "reference policy", "its score", "beta", "updates", "seeds", "last evaluation"]
-    return markdown([*titles, *GAINS, "flags"], rows) + (f"\nFlags of all: {code(shared)}.\n" if shared else "")
+    legend = f"{unit_of(cells)}, {GAINED[0].lower() + GAINED[1:]}"
+    legend += f". Flags of all: {code(shared)}" if shared else ""
+    return markdown([*titles, *GAINS, "flags"], rows) + f"\n{legend}.\n"
 
 
 def quotation(entry):

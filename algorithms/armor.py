@@ -71,6 +71,12 @@ What the poster leaves open, and what is done here. "unverified": said to be the
  11. A checkpoint holds D_model, which turns over in 4 000 updates and cannot be made again: 56 MB on hopper.
  12. J(pi) and J(pi_ref) are returns of mean actions in the same episodes, as they are and discounted; the game is about discounted
      ones, and is played on sampled actions.
+
+What to watch, besides them: model/nll, of held-out rows, against model/nll_fitted (above it the game harms M); model/reward_shift,
+state_shift, backup_shift and return_shift, how far M has gone from the fitted model where no data hold it; model/rollout_ended and
+rollout_left, the shares of rollouts that begin again in an update; model/rollout_drift_*, how far out they are (1: as the data);
+losses/relative, L of f_1; q/policy_shift, mean |a - a_ref| in states of the data; q/weight_norm, at 100 Proj_F acts. Of
+losses/adversary nearly all is lambda times losses/data_fit.
 """
 
 import copy
@@ -157,7 +163,7 @@ class Args:
     batch_size: int = 256  # real and imagined rows together
     gamma: float = 0.99  # discount
     tau: float = 0.005  # rate of the target networks
-    hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers of policy and Q functions
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of the hidden layers of policy (a copied one keeps its own) and Q functions
     fast_lr: float = 5e-4  # adversary: critics and model; temperature; everything in the warm start (eta_fast)
     slow_lr: float = 5e-7  # policy (eta_slow)
     target_entropy: float | None = None  # None: minus the number of action dimensions; of a copied policy its own if that is lower
@@ -485,9 +491,9 @@ class Reference(nn.Module):
         return self.net(obs).chunk(2, -1)[0].clamp(-self.bound, self.bound).tanh()
 
 
-def given_reference(args, data):
+def given_reference(args, data, domain=""):
     """The policy in --reference: the folder (or checkpoint.pt) of a run of these scripts or of datasets/mujoco.py, or a file of its
-    --keep-policies."""
+    --keep-policies. It must have acted in this `domain`, where both are known."""
     flag, path = f"--reference {args.reference}:", Path(args.reference)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
@@ -500,13 +506,18 @@ def given_reference(args, data):
     except UserError:
         raise
     except Exception as e:  # whatever the bytes of a damaged file lead to
-        raise UserError(f"{flag} holds no Gaussian policy ({type(e).__name__}: {str(e)[:80]})") from None
+        why = "as a BCQ run, for example" if isinstance(e, KeyError) else f"{type(e).__name__}: {str(e)[:80]}"
+        raise UserError(f"{flag} holds no Gaussian policy ({why})") from None
     have, want = (reference.net[0].in_features, reference.net[-1].out_features // 2), (data.obs.shape[1], data.act.shape[1])
     if have != want:
         raise UserError(f"{flag} its states and actions have {have} entries, those of the data {want}; is it a run of another task?")
+    config, name = path.parent / "config.json", path.parent.name.removeprefix("sac-")  # of datasets/mujoco.py: sac-<env>-...
+    theirs = (json.loads(config.read_text())["task"] if config.exists() else name).split("-")[0]
+    if domain and theirs != domain and theirs in ("halfcheetah", "hopper", "walker2d", "ant", "maze2d", "antmaze"):
+        raise UserError(f"{flag} is a policy for {theirs}, not for {domain}")
     weights = b"".join(w.contiguous().numpy().tobytes() for w in reference.state_dict().values())
     data.more_facts["reference"] = hashlib.sha256(weights).hexdigest()  # into config.json: a run does not go on with another one
-    if (path.parent / "config.json").exists() and not (path.parent / "result.json").exists():
+    if config.exists() and not (path.parent / "result.json").exists():
         print(f"note: {flag} is not finished; if it trains on, this run cannot be resumed (a copy of its folder would do)", file=sys.stderr)
     return reference
 
@@ -1041,7 +1052,8 @@ def warm_start_of_another_run(args, key):
     if "warm_start_key" not in state:
         raise UserError(f"{flag} its warm start is not over, or it is no run of armor.py")
     theirs = state["warm_start_key"]
-    if differ := [f"{k} ({theirs.get(k)}, here {key.get(k)})" for k in sorted(key | theirs) if key.get(k) != theirs.get(k)]:
+    short = lambda x: str(x)[:12]  # noqa: E731  # of a sha256 the beginning
+    if differ := [f"{k} ({short(theirs.get(k))}, here {short(key.get(k))})" for k in sorted(key | theirs) if key.get(k) != theirs.get(k)]:
         raise UserError(f"{flag} its warm start has another {', '.join(differ)}")
     return state["warm_start"]
 
@@ -1113,7 +1125,7 @@ def main(args):
         raise UserError(f"--dataset {args.dataset}: too few transitions with a known successor to train a model")
     key = model_key("forward", args, data) | {"ensemble_size": 1, "num_elites": 1}
     given = model_of_another_run(args, key) if args.dynamics_from and num_model else None
-    reference = None if args.reference in ("bc", "data") else given_reference(args, data).to(device)
+    reference = None if args.reference in ("bc", "data") else given_reference(args, data, task.domain).to(device)
     imagines = num_model and args.clone != "data"  # in the warm start
     warm_key = warm_start_key(args, data, key if imagines else {})
     warm_given = warm_start_of_another_run(args, warm_key) if args.warm_start_from else None
@@ -1213,7 +1225,8 @@ def main(args):
             run.save("policy", step, agent=agent.state_dict(), rollouts=rollouts.state_dict() if num_model else None)
     bar.close()
     trained = step - begin[0]  # in this process; nothing is left where a run was killed just before its end
-    gain = {"improvement": run.evals[-1]["return"] - run.state["reference_return"]} if run.evals else {}
+    gains = {"improvement": ("return", "reference_return"), "discounted_improvement": ("discounted_return", "reference_discounted")}
+    gain = {k: run.evals[-1][own] - run.state[given] for k, (own, given) in gains.items()} if run.evals else {}
     more = {"reference_return": run.state["reference_return"]} | gain if args.eval_episodes else {}
     run.finish(step, trained / (time.time() - begin[1]) if trained else step / (run.elapsed + 1e-9), **more)
 
@@ -1224,5 +1237,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)

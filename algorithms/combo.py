@@ -891,5 +891,5 @@ if __name__ == "__main__":
     except UserError as e:
         sys.exit(e.report())
     except KeyboardInterrupt:
-        tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        tqdm.write("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)

@@ -625,6 +625,21 @@ def test_a_policy_of_standardised_states_is_a_reference(tmp_path):
     torch.testing.assert_close(sample, (center + log_std.exp() * torch.randn(100, 2)).tanh(), atol=1e-3, rtol=1e-3)
 
 
+def test_a_policy_for_another_robot_is_refused(tmp_path):
+    state = {"phase": "policy", "agent": {"policy": m.Policy(2, 2, (4,)).state_dict()}}
+    run, sac = saved(tmp_path / "a run", state), saved(tmp_path / "sac-walker2d-0-0123abcd", state)
+    (tmp_path / "a run" / "config.json").write_text(json.dumps({"task": "walker2d-medium-v2"}))
+    torch.save(state, tmp_path / "sac-walker2d-0-0123abcd" / "policy_7.pt")
+    (tmp_path / "a run" / "result.json").write_text("{}")
+    for path in (run, f"{run}/checkpoint.pt", sac, f"{sac}/policy_7.pt"):
+        args = replace(ARGS, reference=path)
+        with pytest.raises(UserError, match="is a policy for walker2d, not for halfcheetah"):
+            m.given_reference(args, data(), "halfcheetah")
+        for domain in ("walker2d", ""):
+            assert m.given_reference(args, data(), domain)
+    assert m.given_reference(replace(ARGS, reference=saved(tmp_path / "any-name", state)), data(), "ant")  # nothing is known of it
+
+
 def test_what_is_no_reference_is_refused(tmp_path):
     good = {"policy": m.Policy(2, 2, (4,)).state_dict()}
     (tmp_path / "text").write_text("no checkpoint")
@@ -890,6 +905,8 @@ def test_a_run_improves_on_another_run_and_on_no_other(whole, data_file, tmp_pat
     result = json.loads((folder / "result.json").read_text())
     assert result["reference_return"] == [r["reference/return"] for r in metrics(folder) if "reference/return" in r][-1]
     assert result["improvement"] == result["return_mean"] - result["reference_return"]
+    last = [r["reference/discounted_improvement"] for r in metrics(folder) if "reference/discounted_improvement" in r][-1]
+    assert result["discounted_improvement"] == last
     other = folder_of(tmp_path, "second") / "checkpoint.pt"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(UserError, match="another --reference"):
