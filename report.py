@@ -269,7 +269,7 @@ def task_table(cells):
     fewest = min(cell.updates for cell in cells)
     differ = any(cell.updates != fewest for cell in cells)
     shared = [flag for flag in cells[0].flags if len(cells) > 1 and flag[:2] == "--" and all(flag in cell.flags for cell in cells)]
-    referred = any("improvement" in result for cell in cells for result, _ in cell.runs)
+    referred = any("reference" in result for cell in cells for result, _ in cell.runs)
     words = {"data": "data", "given": "experts or reference"}
     several = {name: len({getattr(cell, name) for cell in cells} - {""}) > 1 for name in words}
     rows = []
@@ -280,7 +280,7 @@ def task_table(cells):
             row = [cell.algorithm, "after " * (cell is together) + thousands(cell.updates)]
             row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last), iqm_cell([cell.last]), spread(tails)]
             row += [spread([dict(points)[fewest] for _, points in cell.runs if fewest in dict(points)])] if differ else []
-            gains = [result for result, _ in cell.runs if "improvement" in result and cell is not together]
+            gains = [result for result, _ in cell.runs if "reference" in result and cell is not together]
             row += gain_cells(gains) if referred else []
             row += [", ".join(quotation(entry) for entry in published(cell.task, cell.algorithm, cell.normalized)) or "-"]
             hours = statistics.median(result["wall_time_s"] for result, _ in cell.runs) / 3600
@@ -527,21 +527,22 @@ def plot(results: Path = ROOT / "results", out: Path | None = None):
                 alike = (cell.reference or "clone of the data", f"{thousands(cell.updates)} updates", *cell.besides, cell.data)
                 scores = [(result["reference"] + result["improvement"], result["reference"]) for result in results]
                 games.setdefault(alike, []).append((cell.beta, (scores, [result["discounted"] for result in results])))
-        if len({alike[0] for alike in games}) < 2 and max(map(len, games.values()), default=0) < 3:
-            continue  # a picture is of several references, or of several betas
         if any(alike[0] != "clone of the data" for alike in games):  # the clone beside the others only where it has several betas, too
             games = {alike: points for alike, points in games.items() if alike[0] != "clone of the data" or len(points) > 1}
+        if len({alike[0] for alike in games}) < 2 and max(map(len, games.values()), default=0) < 3:
+            continue  # a picture is of several references, or of several betas
+        for points in games.values():
+            points.sort(key=lambda point: point[0])
+        ordered = sorted(games.items(), key=lambda item: np.mean([own for _, own in item[1][0][1][0]]))
         titles = ["last evaluation"]
         if all(None not in pair for points in games.values() for _, (_, pairs) in points for pair in pairs):
-            titles.append("its discounted return, which the game is about")
+            titles.append("its discounted return")
         figure, panels = plt.subplots(1, len(titles), figsize=(6 * len(titles), 4.8), layout="constrained", squeeze=False)
         ticks = sorted({beta for points in games.values() for beta, _ in points})
         for k, (axes, title) in enumerate(zip(panels[0], titles, strict=True)):
-            ordered = sorted(games.items(), key=lambda item: np.mean([own for _, own in item[1][0][1][0]]))
             for i, (alike, points) in enumerate(ordered):
                 apart = alike[1:] if sum(other[0] == alike[0] for other in games) > 1 else ()
                 label = "\n".join(textwrap.wrap(" ".join(("ARMOR, reference:", *alike[:1], *apart)), 90, break_on_hyphens=False))
-                points.sort(key=lambda point: point[0])
                 seeds = [np.array(both[k]) for _, both in points]
                 error = [np.std(pairs[:, 0], ddof=1) if len(pairs) > 1 else np.nan for pairs in seeds]  # of one seed no bar
                 colour = plt.get_cmap("viridis")(i / max(1, len(games)))

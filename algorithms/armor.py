@@ -64,7 +64,7 @@ What the poster leaves open, and what is done here. "unverified": said to be the
      used for nothing else (benchmarks.md); the paper's, one pair per data set, are not known. With too small a lambda M gives way to
      the critics off the data, which its fit to held-out rows hardly shows: with 1 its targets on hopper are lower than the fitted
      model's by up to 3.75, more than the mean reward of a step (model/backup_shift), and the policy falls back to its reference;
-     with 1000 and less the policies of these games fall in M less often than in the fitted model and in the simulator
+     with 1000 and less the cheetah of that choice falls in M less often than in the fitted model and in the simulator
      (model/return_shift). In trials of 400 updates on hopper M lost 4 nats of log P per row with 0.1, 20 to 45 with 0.01.
  10. --model-ratio 0 is ATAC: E^w uses the data's r, s' and terminals, and L compares with its actions, unless --reference names
      another policy. What is logged as the reference is the clone, or the policy named.
@@ -156,7 +156,7 @@ class Args:
 
     # --- learner ---
     reference: str | None = None  # pi_ref: bc (clone of the data), data (ATAC's), a run's folder or a policy's file; None: bc, atac: data
-    warm_start_updates: int = 100_000  # of cloning and of the critics on the data, before the game
+    warm_start_updates: int = 100_000  # of cloning and of the critics on the data (beside a given reference half in M), before the game
     warm_start_from: str | None = None  # folder of another run whose warm start is taken: same data, seed and settings, so the same one
     clone: Literal["data", "reference", "copy"] | None = None  # pi clones these actions, or copies pi_ref; None: copy if one is given
     model_ramp: int = 500  # updates in which the model's rate rises from 0 to the adversary's
@@ -213,7 +213,7 @@ def resolve(args, task):
     if args.clone in ("reference", "copy") and args.reference in ("bc", "data"):
         raise UserError(f"--clone {args.clone}: --reference {args.reference} is the data itself")
     if not args.warm_start_updates and args.clone != "copy":
-        raise UserError("--warm-start-updates 0: without it there is no clone; give a run's folder as --reference, for pi to copy")
+        raise UserError("--warm-start-updates 0: then there is no clone; give a run's folder as --reference, and no --clone but copy")
     return replace(args, exp_name=args.exp_name or ("armor" if num_model else "atac"), num_threads=args.num_threads or os.cpu_count())
 
 
@@ -707,10 +707,10 @@ def model_shift(dynamics, original, rollouts, agent):
 
 
 @torch.no_grad()
-def return_shift(dynamics, original, obs, agent):
+def return_shift(dynamics, original, obs, agent, values):
     """Discounted return of the policy, imagined from states of the data (N, O) over 2 / (1 - gamma) steps, but no more than
-    H, less that in the fitted model: what a single step does not show, such as a fall that M has forgotten."""
-    gamma, returns = agent.args.gamma, []
+    H, less that in the fitted model: what a single step does not show, such as a fall that M has forgotten. values: their range."""
+    gamma, returns, (low, high) = agent.args.gamma, [], values
     for model in (dynamics, original):
         generator = torch.Generator(obs.device).manual_seed(0)  # the same random numbers for both, and none of the game's
         state, total, weight = obs, torch.zeros(len(obs), device=obs.device), torch.ones(len(obs), device=obs.device)
@@ -724,7 +724,7 @@ def return_shift(dynamics, original, obs, agent):
             ended = agent.terminates(state, act, next_obs) | ~next_obs.isfinite().all(-1)
             weight = gamma * torch.where(ended, 0.0, weight)
             state = torch.where(ended[:, None], obs, next_obs)
-        returns.append(total.nan_to_num().clamp(*agent.values).mean())  # a rollout that overflows counts as the worst or the best
+        returns.append(total.nan_to_num(low, high, low).clamp(low, high).mean())  # a rollout that runs away counts as the worst or the best
     return {"model/return_shift": returns[0] - returns[1]}
 
 
@@ -1052,7 +1052,7 @@ def warm_start_of_another_run(args, key):
     if "warm_start_key" not in state:
         raise UserError(f"{flag} its warm start is not over, or it is no run of armor.py")
     theirs = state["warm_start_key"]
-    short = lambda x: str(x)[:12]  # noqa: E731  # of a sha256 the beginning
+    short = lambda x: x[:12] if isinstance(x, str) else x  # noqa: E731  # of a sha256 the beginning
     if differ := [f"{k} ({short(theirs.get(k))}, here {short(key.get(k))})" for k in sorted(key | theirs) if key.get(k) != theirs.get(k)]:
         raise UserError(f"{flag} its warm start has another {', '.join(differ)}")
     return state["warm_start"]
@@ -1156,7 +1156,7 @@ def main(args):
         fitted = model_fit(original, *probe)
         v_max = fitted["model/reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
         game |= {"dynamics": dynamics, "terminates": termination_fn(task, data), "v_max": v_max}
-    torch.manual_seed(4 * args.seed + 1)  # with and without model the game begins with the same policy and critics
+    torch.manual_seed(4 * args.seed + 1)  # with and without model the game beside a clone begins with the same policy and critics
     if args.clone == "copy":
         game["policy"] = Policy(obs_dim, act_dim, [layer.out_features for layer in reference.net if hasattr(layer, "out_features")][:-1])
         game["policy"].load_state_dict(reference.state_dict())
@@ -1211,7 +1211,7 @@ def main(args):
             bar.set_postfix(shown | ({} if score is None else {"score": score}))
         due = step % args.eval_every == 0 or step == args.total_updates
         if num_model and due:
-            run.log(step, return_shift(dynamics, original, some_obs[:: max(1, len(some_obs) // 256)], agent))
+            run.log(step, return_shift(dynamics, original, some_obs[:: max(1, len(some_obs) // 256)], agent, game["values"]))
         if args.eval_episodes and due:
             score = round(run.evaluate(step, envs, agent.act), 1)
             full, discounted, now = run.state["reference_return"], run.state["reference_discounted"], run.evals[-1]

@@ -250,10 +250,10 @@ def test_return_shift_by_hand():
     dynamics, original = m.Dynamics(2, 2, ARGS), m.Dynamics(2, 2, ARGS)
     constant_model(dynamics, [1.0, 0.5, 0.0], -20.0)
     constant_model(original, [0.8, 0.5, 0.3], -20.0)
-    agent = SimpleNamespace(policy=Slope(0.5), terminates=never, values=(-20.0, 20.0), args=replace(ARGS, gamma=0.9, horizon=1000))
+    agent = SimpleNamespace(policy=Slope(0.5), terminates=never, args=replace(ARGS, gamma=0.9, horizon=1000))
     obs, before = torch.zeros(4, 2), torch.get_rng_state()
     value = lambda steps: (1 - 0.9**steps) / 0.1  # of a reward of 1 a step  # noqa: E731
-    shift = lambda: m.return_shift(dynamics, original, obs, agent)["model/return_shift"].item()  # noqa: E731
+    shift = lambda: m.return_shift(dynamics, original, obs, agent, (-20.0, 20.0))["model/return_shift"].item()  # noqa: E731
     assert shift() == pytest.approx(0.2 * value(20), rel=1e-4)
     assert torch.equal(torch.get_rng_state(), before)  # looking changes no run
     agent.terminates = lambda obs, act, next_obs: next_obs[:, 1] > 0.5  # under the fitted model alone, with its second step
@@ -262,6 +262,8 @@ def test_return_shift_by_hand():
     assert shift() == pytest.approx(value(5) - 0.8 * value(2), rel=1e-4)
     constant_model(dynamics, [1e9, 0.5, 0.0], -20.0)  # a rollout that runs away
     assert shift() == pytest.approx(20 - 0.8 * value(2), rel=1e-4)
+    constant_model(dynamics, [math.nan, 0.5, 0.0], -20.0)
+    assert shift() == pytest.approx(-20 - 0.8 * value(2), rel=1e-4)
 
 
 # --- who gets which gradient ---
