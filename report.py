@@ -301,7 +301,10 @@ def task_table(cells):
 def reference_table(cells):
     """ARMOR beside reference policies that are other runs."""
     rows, shared = [], [flag for flag in cells[0].besides if len(cells) > 1 and all(flag in cell.besides for cell in cells)]
-    for cell in sorted(cells, key=lambda cell: (np.mean([result["reference"] for result, _ in cell.runs]), cell.reference, cell.beta)):
+    quality = {cell.reference: [] for cell in cells}
+    for cell in cells:
+        quality[cell.reference] += [result["reference"] for result, _ in cell.runs]
+    for cell in sorted(cells, key=lambda cell: (np.mean(quality[cell.reference]), cell.reference, cell.beta)):
         gains, own = ([result for result, _ in cell.runs], [result["reference"] for result, _ in cell.runs])
         row = [cell.algorithm, f"`{cell.reference}`", spread(own), f"{cell.beta:g}", thousands(cell.updates)]
         row += [", ".join(str(result["seed"]) for result, _ in cell.runs), spread(cell.last)]
