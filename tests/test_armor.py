@@ -838,7 +838,7 @@ def test_the_policy_begins_as_the_given_reference_itself(data_file, tmp_path, co
     sac = collector.Policy(11, 3, 16)  # other widths than --hidden, another bound of the log standard deviation
     torch.save({"agent": {"policy": sac.state_dict()}}, tmp_path / "policy_7.pt")
     flags = ("--reference", str(tmp_path / "policy_7.pt"), "--exp-name", "second", "--slow-lr", "1e-4", "--eval-episodes", "0")
-    killed("x.get('model/warm_start_update') == 20", data_file, tmp_path / "killed", *flags)
+    killed("x.get('model/warm_start_update') == 30", data_file, tmp_path / "killed", *flags)  # goes on from 20
     killed("u == 30", data_file, tmp_path / "killed", *flags)
     here(data_file, tmp_path / "killed", *flags)
     here(data_file, tmp_path / "whole", *flags)
