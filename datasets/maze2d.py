@@ -17,9 +17,12 @@ Written as HDF5 in D4RL layout, sparse and dense reward, with a .json beside eac
 Rewards are those of the row's own position, as in D4RL's files; the environment pays for the position after the step, one row
 later (--reward-timing next writes those).
 
-Differences from D4RL's script: the first row of a segment does not repeat the observation before it (a defect of the script); the
-planner starts from the nearest free cell, not from the rounded position; a target drawn twice in a row is planned anew; its second
-condition for a waypoint to count as reached, a step shorter than 0.1, always holds (speeds end at 5.2 m/s) and is left out;
+D4RL's script goes on with a stale observation for one step after each reached target: the first row of a segment repeats the
+observation before it, its action was computed from that, and its transition spans two steps (1.1 % of umaze's rows). So does this
+script, since the papers' data have it; --repaired makes the data without it, under names that end in _repaired.
+
+Differences from D4RL's script: the planner starts from the nearest free cell, which is the rounded position wherever that is free;
+its second condition for a waypoint to count as reached, a step shorter than 0.1, always holds (speeds end at 5.2 m/s) and is left out;
 infos/goal is the cell that is driven to, without D4RL's shift by up to 0.1, which does not enter the motion; infos/qpos and
 infos/qvel, the two halves of an observation, are not written.
 """
@@ -53,6 +56,7 @@ class Args:
     steps: int | None = None  # None: as D4RL, 1, 2 or 4 million; with --expert 100 episodes
     seed: int = 0
     noise: float | None = None  # standard deviation of the action noise; None: 0.5, with --expert 0
+    repaired: bool = False  # without the stale observation that follows a reached target in D4RL's script
     expert: bool = False  # demonstrations: a reset and a new planner per episode, the task's goal, full length
     reward_timing: Literal["same", "next"] | None = None  # position that is rewarded; None: the row's own, with --expert the next
     minari: bool = False  # also write Minari data sets
@@ -101,12 +105,15 @@ class Planner:
         return min(max(10 * (wx - x) - vx, -1.0), 1.0), min(max(10 * (wy - y) - vy, -1.0), 1.0), reached
 
 
-def trajectory(maze, steps, seed, noise):
-    """One endless trajectory between random targets: arrays obs (N+1, 4), act (N, 2), ends (N,), targets (N, 2)."""
+def trajectory(maze, steps, seed, noise, repaired=False):
+    """One endless trajectory between random targets: arrays obs, next_obs (N, 4), act (N, 2), ends (N,), targets (N, 2).
+
+    next_obs is where the ball is after the row's step; obs of the row after an end is stale, as D4RL's script has it, or repaired.
+    """
     rng, env = np.random.default_rng(seed), Maze2d(maze)
     planner, cells = Planner(maze, rng), free_cells(maze)
-    obs, act, ends = np.empty((steps + 1, 4)), np.empty((steps, 2), np.float32), np.zeros(steps, bool)
-    targets, since = np.empty((steps, 2)), 0
+    obs, next_obs, act = np.empty((steps, 4)), np.empty((steps, 4)), np.empty((steps, 2), np.float32)
+    ends, targets, since = np.zeros(steps, bool), np.empty((steps, 2)), 0
     noises = rng.normal(0, noise, (steps, 2)) if noise else np.zeros((steps, 2))
     state, _ = env.reset(seed=seed)
     target = cells[rng.integers(len(cells))]
@@ -114,13 +121,15 @@ def trajectory(maze, steps, seed, noise):
         ax, ay, reached = planner.act(state.tolist(), target)
         obs[t], targets[t], since = state, target, since + 1
         act[t] = min(max(ax + noises[t, 0], -1), 1), min(max(ay + noises[t, 1], -1), 1)
-        state = env.step(act[t])[0]
-        if reached or since == MAX_STEPS[maze]:
-            ends[t], since = True, 0
+        next_obs[t] = env.step(act[t])[0]
+        ends[t] = reached or since == MAX_STEPS[maze]
+        if ends[t]:
+            target, since = cells[rng.integers(len(cells))], 0
+        if repaired and ends[t]:
             planner.target = None  # plan anew, also when the new target is the old one
-            target = cells[rng.integers(len(cells))]
-    obs[steps] = state
-    return obs, act, ends, targets
+        if repaired or not ends[t]:  # D4RL's script forgets to look at where the last step led
+            state = next_obs[t]
+    return obs, next_obs, act, ends, targets
 
 
 def expert(maze, episodes, seed, noise, starts=None):
@@ -146,8 +155,10 @@ def main(args):
     steps = args.steps if args.steps is not None else 100 * MAX_STEPS[args.maze] if args.expert else STEPS[args.maze]
     if steps < 1 or noise < 0:
         raise UserError(f"--steps {steps}, --noise {noise}: steps must be positive, noise at least 0")
-    paths = [args.out / f"maze2d_{args.maze}{dense}{'_expert' * args.expert}.hdf5" for dense in ("", "_dense")]
+    suffix = "_expert" if args.expert else "_repaired" * args.repaired
+    paths = [args.out / f"maze2d_{args.maze}{dense}{suffix}.hdf5" for dense in ("", "_dense")]
     settings = {"steps": steps, "seed": args.seed, "noise": noise, "reward_timing": timing}
+    settings |= {} if args.expert else {"repaired": args.repaired}
     for path in () if args.overwrite else paths:  # training would go on with other data under the same name
         if path.exists() and path.with_suffix(".json").exists():
             there = json.loads(path.with_suffix(".json").read_text())
@@ -162,8 +173,7 @@ def main(args):
         before, after, act = obs[:, :-1].reshape(-1, 4), obs[:, 1:].reshape(-1, 4), act.reshape(-1, 2)
         ends, targets = np.arange(1, len(act) + 1) % MAX_STEPS[args.maze] == 0, np.tile(goal_cell(args.maze), (len(act), 1))
     else:
-        obs, act, ends, targets = trajectory(args.maze, steps, args.seed, noise)
-        before, after = obs[:-1], obs[1:]
+        before, after, act, ends, targets = trajectory(args.maze, steps, args.seed, noise, args.repaired)
     args.out.mkdir(parents=True, exist_ok=True)
     for dense in (False, True):
         rewards = Maze2d(args.maze, dense).reward((before if timing == "same" else after)[:, :2])
@@ -177,14 +187,14 @@ def main(args):
             for k, v in arrays.items():
                 f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
         meta = {"recipe": "expert planner" if args.expert else "planner to random targets"} | settings
-        meta |= {} if args.expert else {"repaired": "no row of a segment repeats the observation before it, as in D4RL's script"}
         meta |= {"transitions": len(act), "segments": int(ends.sum()), "reward_mean": float(rewards.mean())}
+        meta |= {"stale_rows": int((before[1:] == before[:-1]).all(1).sum())}
         meta |= {"versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}}
         meta |= {"sha256": file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
         if args.minari:
             kind, full = f"{args.maze}{'-dense' * dense}", arrays | {"next_observations": after.astype("f4")}  # the motion goes on
             env, script = f"Rewind/Maze2d-{kind}-v1", "datasets/maze2d.py"
-            name = f"rewind/maze2d/{kind}{'-expert' * args.expert}-v0"
+            name = f"rewind/maze2d/{kind}{suffix.replace('_', '-')}-v0"
             write_minari(name, full, env, REFERENCE[f"maze2d-{kind}"], "planner", script, meta)
         os.replace(part, path)
         path.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -172,9 +172,11 @@ def make(out, *flags):
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_generated_data(tmp_path):
-    make(tmp_path, "--steps", "100000", "--seed", "4")  # eight seeds had 1 197 to 1 316 segments and means of 0.073 to 0.086
-    with h5py.File(tmp_path / "maze2d_umaze.hdf5") as f, h5py.File(tmp_path / "maze2d_umaze_dense.hdf5") as g:
+@pytest.mark.parametrize("repaired", [False, True])
+def test_generated_data(tmp_path, repaired):
+    make(tmp_path, "--steps", "100000", "--seed", "4", *["--repaired"] * repaired)
+    suffix = "_repaired" * repaired  # eight seeds had 1 197 to 1 316 segments and means of 0.073 to 0.086
+    with h5py.File(tmp_path / f"maze2d_umaze{suffix}.hdf5") as f, h5py.File(tmp_path / f"maze2d_umaze_dense{suffix}.hdf5") as g:
         sparse, dense = ({k: v[()] for k, v in x.items() if k != "infos"} for x in (f, g))
     assert all((sparse[k] == dense[k]).all() for k in ("observations", "actions", "timeouts"))
     assert 1150 <= sparse["timeouts"].sum() <= 1300 and not sparse["terminals"].any()
@@ -187,7 +189,17 @@ def test_generated_data(tmp_path):
     # one endless motion: almost every row is followed by its own successor, also across the marks
     h, m, c = 0.01, 4.18879020478639, np.clip(obs[:-1, 2:], -5, 5)
     after = obs[:-1, :2] + h * (c + h * (100 * act[:-1] - c) / (m + h))
-    assert (np.abs(after - obs[1:, :2]).max(1) < 1e-5).mean() > 0.99
+    own = np.abs(after - obs[1:, :2]).max(1) < 1e-5
+    ends, stale = sparse["timeouts"][:-1], (obs[1:] == obs[:-1]).all(1)
+    if repaired:
+        assert own.mean() > 0.99 and not stale.any()
+    else:  # a reached target: the next row repeats this one, and the one after it is two steps on
+        assert (stale == ends).all()
+        assert not own[np.flatnonzero(ends[:-2]) + 1].any()
+        rest = own.copy()
+        rest[np.flatnonzero(ends)] = True
+        rest[np.flatnonzero(ends[:-1]) + 1] = True
+        assert rest.mean() > 0.99
 
 
 def test_data_of_other_settings_are_not_replaced_by_the_way(generator, tmp_path):
@@ -247,7 +259,8 @@ def test_minari_round_trip(tmp_path, monkeypatch, expert):
         assert all(np.array_equal(x, file[k]) for x, k in ((data.obs, "observations"), (data.rew, "rewards")))
         np.testing.assert_allclose(data.act, file["actions"], atol=1e-6)
         assert data.has_next.all() and not data.terminated.any()  # also at the end of a segment, where the motion goes on
-        assert np.array_equal(data.next_obs[:-1], data.obs[1:]) or expert
+        inside = data.trajectory[1:] == data.trajectory[:-1]
+        assert np.array_equal(data.next_obs[:-1][inside], data.obs[1:][inside])
         assert np.array_equal(np.flatnonzero(data.trajectory.diff()), np.flatnonzero(file["timeouts"][:-1]))
         env = make_env(task)
         assert env.spec.id == f"Rewind/Maze2d-umaze{suffix}-v1" and env.spec.max_episode_steps == 300
