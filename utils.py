@@ -27,27 +27,20 @@ from pathlib import Path
 
 import gymnasium
 import h5py
+import mujoco
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from envs.relabelled import Relabelled, relabelled_reward
+from plumbing import UserError, write_image
+
 ROOT = Path(__file__).resolve().parent
+HOME = os.path.expanduser("~")  # "~" itself for a user without a home, who must set the variables
 BUNDLED = ROOT / "datasets" / "bundled"
-GENERATED = Path(os.environ.get("REWIND_DATASETS", Path.home() / ".rewind" / "datasets"))
-D4RL = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+GENERATED = Path(os.environ.get("REWIND_DATASETS", f"{HOME}/.rewind/datasets"))
+D4RL = Path(os.environ.get("D4RL_DATASET_DIR", f"{HOME}/.d4rl/datasets"))
 D4RL_URL = os.environ.get("REWIND_D4RL_URL", "https://rail.eecs.berkeley.edu/datasets/offline_rl")
-
-
-class UserError(Exception):
-    """Something the user can mend; `status` is the exit status (2: bad input, 3: the run diverged)."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
-
-    def report(self):
-        tqdm.write(f"error: {' '.join(str(self).split())}", file=sys.stderr)  # on a line of its own, whatever bar is drawn
-        return self.status
 
 
 # --- tasks ---
@@ -66,9 +59,19 @@ REFERENCE = {
     "maze2d-large-dense": (30.569041, 303.4857382709002),
     "antmaze": (0.0, 1.0),
 }
-WIDTHS = {"halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "ant": (27, 8), "maze2d": (4, 2), "antmaze": (29, 8)}
+WIDTHS = {
+    "halfcheetah": (17, 6),
+    "hopper": (11, 3),
+    "walker2d": (17, 6),
+    "ant": (27, 8),
+    "maze2d": (4, 2),
+    "antmaze": (29, 8),
+}
 MAX_STEPS = {"maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}  # 1000 elsewhere
-RELABELLED = {"jump": "halfcheetah", "angle": "ant"}  # tasks that ask for something else than the agent did who made the data
+RELABELLED = {
+    "jump": "halfcheetah",
+    "angle": "ant",
+}  # tasks that ask for something else than the agent did who made the data
 # Bytes and the first 16 digits of the sha256 of the official files, where known (tensorflow/datasets, checksums.tsv).
 CHECKSUMS = {
     "halfcheetah_random-v2": (237338037, "25407aef85b5d16c"),
@@ -118,6 +121,10 @@ class Task:
     """evaluation environment of a Minari data set, as JSON"""
 
     @property
+    def name(self):
+        return f"{self.domain}-{self.kind}"
+
+    @property
     def slug(self):
         return self.id.replace("/", "-")
 
@@ -128,7 +135,9 @@ def _d4rl_tasks():
     def add(name, version, domain, kind, reference, file):
         family = "-".join(name.split("-")[:2])
         sources = ("d4rl", "bundled", "generated") if file else ("generated",)
-        tasks[f"{name}-{version}"] = Task(f"{name}-{version}", domain, kind, reference, MAX_STEPS.get(family, 1000), sources, file)
+        tasks[f"{name}-{version}"] = Task(
+            f"{name}-{version}", domain, kind, reference, MAX_STEPS.get(family, 1000), sources, file
+        )
 
     for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
         for kind in ("random", "medium", "medium-replay", "medium-expert", "expert"):
@@ -162,12 +171,20 @@ def parse_task(name):
     for candidate in (name, f"{name}-v2", f"{name}-v1"):  # the version that the field reports: v2, for maze2d v1
         if candidate in TASKS:
             return TASKS[candidate]
-    is_environment = name in gymnasium.registry or name.startswith("Rewind/")  # ours are registered by maze2d_env.py
-    if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name) and ("/" in name or _minari_is_local(name)) and not name.startswith("Rewind/"):
+    is_environment = name in gymnasium.registry or name.startswith("Rewind/")  # ours are registered by envs/
+    if (
+        re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name)
+        and ("/" in name or _minari_is_local(name))
+        and not name.startswith("Rewind/")
+    ):
         return _minari_task(name)
     short = sorted({re.sub(r"-v\d$", "", n) for n in TASKS})
     near = difflib.get_close_matches(re.sub(r"-v\d$", "", name.removeprefix("Rewind/").lower()), short, 3, 0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "tasks are D4RL names such as hopper-medium-replay, or Minari ids"
+    hint = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else "tasks are D4RL names such as hopper-medium-replay, or Minari ids"
+    )
     what = "is an environment, not a data set" if is_environment else "is no known task"
     raise UserError(f"--env {name} {what}; {hint}")
 
@@ -210,9 +227,26 @@ class Dataset:
         sums = torch.zeros(int(self.trajectory[-1]) + 1, dtype=torch.float64)
         return sums.index_add_(0, self.trajectory, self.rew.double())[self.trajectory]
 
+    def goal(self):
+        """Of an antmaze, (2,): rewarded positions lie within 0.5 of it, so it is their middle."""
+        reached = torch.where(self.has_next[:, None], self.next_obs, self.obs)[self.terminated > 0, :2]
+        if not len(reached):
+            raise UserError("--dataset: no row of it ends at the goal, so where imagined episodes end is unknown")
+        return (reached.amax(0) + reached.amin(0)) / 2
+
     def facts(self):
         """What config.json and result.json say about the data."""
         return {"id": self.id, "source": self.source, "sha256": self.sha256, "transitions": len(self)} | self.more_facts
+
+
+def pack(obs, act, rew, next_obs, terminated):
+    """Transitions as rows of one matrix, so that a batch is one index operation: (B, 2 O + A + 2)"""
+    return torch.cat([obs, act, rew[:, None], next_obs, terminated[:, None].float()], -1)
+
+
+def unpack(rows, obs_dim, act_dim):
+    obs, act, rew, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], -1)
+    return obs, act, rew.squeeze(-1), next_obs, terminated.squeeze(-1)
 
 
 def file_sha256(path):
@@ -239,14 +273,22 @@ def load_dataset(task, source="auto", check_widths=True, rewards=True):
         data.sha256 = file_sha256(path)
         data.id = task.id if kind == "d4rl" else Path(path).stem
     data.source, data.path = kind, str(path)
-    if check_widths and task.domain and path != task.id:  # a Minari task's own data may be wider: Ant-v5 has 105 observations
-        for name, have, want in zip(("observations", "actions"), (data.obs, data.act), WIDTHS[task.domain], strict=True):
+    if (
+        check_widths and task.domain and path != task.id
+    ):  # a Minari task's own data may be wider: Ant-v5 has 105 observations
+        for name, have, want in zip(
+            ("observations", "actions"), (data.obs, data.act), WIDTHS[task.domain], strict=True
+        ):
             if have.shape[1] != want:
-                raise UserError(f"{path}: {name} have {have.shape[1]} entries, {task.id} has {want}; is it the file of another task?")
+                raise UserError(
+                    f"{path}: {name} have {have.shape[1]} entries, {task.id} has {want}; is it the file of another task?"
+                )
     if task.kind in RELABELLED and rewards:
         act, next_obs, rew = (x[data.has_next].double().numpy() for x in (data.act, data.next_obs, data.rew))
         if not np.allclose(relabelled_reward(task.kind, act, next_obs), rew, atol=1e-2):
-            raise UserError(f"{path}: its rewards are not those of {task.id}; write utils.relabelled_reward of its rows into them")
+            raise UserError(
+                f"{path}: its rewards are not those of {task.id}; write envs.relabelled.relabelled_reward of its rows into them"
+            )
     return data
 
 
@@ -268,15 +310,24 @@ def load_expert(task, source, trajectories, data):
             expert = load_dataset(TASKS[f"{task.domain}-expert-v2"], source, rewards=False)
         else:
             auto = "auto, " if task.domain == "maze2d" else ""
-            raise UserError(f"--dataset {source}: there are no demonstrations for {task.id}; give {auto}a Minari id or the path of a file")
+            raise UserError(
+                f"--dataset {source}: there are no demonstrations for {task.id}; give {auto}a Minari id or the path of a file"
+            )
     except UserError as e:
         raise UserError(str(e).replace("--dataset", "--expert-dataset"), e.status) from None
-    for name, have, want in zip(("observations", "actions"), (expert.obs, expert.act), (data.obs, data.act), strict=True):
+    for name, have, want in zip(
+        ("observations", "actions"), (expert.obs, expert.act), (data.obs, data.act), strict=True
+    ):
         if have.shape[1] != want.shape[1]:
-            raise UserError(f"{expert.path}: {name} of the expert have {have.shape[1]} entries, those of {data.path} {want.shape[1]}")
+            raise UserError(
+                f"{expert.path}: {name} of the expert have {have.shape[1]} entries, those of {data.path} {want.shape[1]}"
+            )
     if (have := int(expert.trajectory[-1]) + 1) < trajectories:
         raise UserError(f"--expert-trajectories {trajectories}: {expert.path} has {have}")
-    rows, columns = expert.trajectory < trajectories, [f.name for f in fields(expert) if isinstance(getattr(expert, f.name), torch.Tensor)]
+    rows, columns = (
+        expert.trajectory < trajectories,
+        [f.name for f in fields(expert) if isinstance(getattr(expert, f.name), torch.Tensor)],
+    )
     expert = replace(expert, **{name: getattr(expert, name)[rows] for name in columns})
     data.more_facts = {"expert": expert.facts() | {"trajectories": trajectories}}
     return expert
@@ -324,11 +375,15 @@ def _find(task, source):
                     print(f"data: {kind} {path.name}" + (f" ({'; '.join(why)})" if why else ""), file=sys.stderr)
                 return kind, path
         hints = "; ".join(how[k] for k in (how if source == "auto" else (source,)))
-        raise UserError(f"--dataset {source}: no data for {name} ({'; '.join([*why, hints])}; or give the path of an HDF5 file)")
+        raise UserError(
+            f"--dataset {source}: no data for {name} ({'; '.join([*why, hints])}; or give the path of an HDF5 file)"
+        )
     path = Path(source).expanduser()
     if path.suffix in (".hdf5", ".h5") or path.exists():
         if not path.is_file():
-            raise UserError(f"--dataset {source}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of an HDF5 file")
+            raise UserError(
+                f"--dataset {source}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of an HDF5 file"
+            )
         return "file", path
     if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", source):
         return "minari", source
@@ -338,9 +393,19 @@ def _find(task, source):
 def _generate_maze2d(task, path, *flags):
     """Seconds per million steps: cheap enough to make on first use."""
     if not (ROOT / "datasets" / "maze2d.py").is_file():
-        raise UserError(f"{path} is not there, and datasets/maze2d.py, which makes it, is not either: copy it from the repository")
+        raise UserError(
+            f"{path} is not there, and datasets/maze2d.py, which makes it, is not either: copy it from the repository"
+        )
     print(f"data: making {path.name} with datasets/maze2d.py", file=sys.stderr)
-    command = [sys.executable, ROOT / "datasets" / "maze2d.py", "--maze", task.kind.split("-")[0], "--out", path.parent, *flags]
+    command = [
+        sys.executable,
+        ROOT / "datasets" / "maze2d.py",
+        "--maze",
+        task.kind.split("-")[0],
+        "--out",
+        path.parent,
+        *flags,
+    ]
     if subprocess.run(command).returncode:
         raise UserError(f"datasets/maze2d.py could not make {path}")
 
@@ -361,7 +426,9 @@ def download(url, path, size=None, sha256=None, timeout=10):
             if size and f.tell() != size:
                 raise UserError(f"{url}: got {f.tell()} of {size} bytes; run again to retry")
         if sha256 and not digest.hexdigest().startswith(sha256):
-            raise UserError(f"{url}: sha256 {digest.hexdigest()[:16]} is not the known {sha256}; the server's file has changed")
+            raise UserError(
+                f"{url}: sha256 {digest.hexdigest()[:16]} is not the known {sha256}; the server's file has changed"
+            )
         os.replace(part, path)
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise UserError(f"cannot download {url}: {getattr(e, 'reason', e)}") from None
@@ -395,7 +462,9 @@ def _read_hdf5(path, task, rewards=True):
             try:
                 if key not in f:
                     if required:
-                        raise UserError(f"{bad}has no array '{key}'; D4RL layout needs observations, actions, rewards, terminals")
+                        raise UserError(
+                            f"{bad}has no array '{key}'; D4RL layout needs observations, actions, rewards, terminals"
+                        )
                     return None
                 if not isinstance(f[key], h5py.Dataset) or f[key].dtype.kind not in "fiub":
                     raise UserError(f"{bad}'{key}' does not hold numbers")
@@ -403,8 +472,12 @@ def _read_hdf5(path, task, rewards=True):
                 if len(shape) == 2 and ndim == 1 and shape[1] == 1:  # (N, 1) is a common way to write rewards
                     shape = shape[:1]
                 if len(shape) != ndim:
-                    raise UserError(f"{bad}'{key}' has shape {f[key].shape}, expected {ndim} dimension{'s'[: ndim - 1]}")
-                out = np.empty(f[key].shape, f[key].dtype if dtype is bool else dtype)  # HDF5 cannot turn float flags into bool
+                    raise UserError(
+                        f"{bad}'{key}' has shape {f[key].shape}, expected {ndim} dimension{'s'[: ndim - 1]}"
+                    )
+                out = np.empty(
+                    f[key].shape, f[key].dtype if dtype is bool else dtype
+                )  # HDF5 cannot turn float flags into bool
                 if out.size:
                     f[key].read_direct(out)  # converts on the fly: no second copy in the file's own precision
             except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as e:  # h5py's answers to a damaged file
@@ -431,11 +504,18 @@ def _read_hdf5(path, task, rewards=True):
         raise UserError(f"{bad}next_observations have {next_obs.shape[1]} entries, observations {obs.shape[1]}")
     for k, v in arrays.items():
         if v.dtype == np.float32 and not np.isfinite(v).all():
-            raise UserError(f"{bad}'{k}' holds NaN or inf in row {int(np.flatnonzero(~np.isfinite(v.reshape(len(v), -1)).all(1))[0])}")
+            raise UserError(
+                f"{bad}'{k}' holds NaN or inf in row {int(np.flatnonzero(~np.isfinite(v.reshape(len(v), -1)).all(1))[0])}"
+            )
     if task.domain == "ant" and obs.shape[1] == 111:  # D4RL's contact forces are all zero, and today's Ant-v4 has none
-        obs, next_obs = np.ascontiguousarray(obs[:, :27]), None if next_obs is None else np.ascontiguousarray(next_obs[:, :27])
+        obs, next_obs = (
+            np.ascontiguousarray(obs[:, :27]),
+            None if next_obs is None else np.ascontiguousarray(next_obs[:, :27]),
+        )
     if task.domain == "maze2d" and (~obs.any(1)).any():
-        raise UserError(f"{bad}has all-zero observations, the known defect of maze2d files from before December 2020; get the current file")
+        raise UserError(
+            f"{bad}has all-zero observations, the known defect of maze2d files from before December 2020; get the current file"
+        )
     if timeouts is None:
         timeouts = _timeouts_from_horizon(terminals, task.max_steps)
     if task.domain == "antmaze" and task.id.endswith("v0"):  # its flags are out of step with the resets; ROMI's rule
@@ -492,7 +572,7 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go
 
 
 def _minari_is_local(dataset_id):
-    root = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    root = Path(os.environ.get("MINARI_DATASETS_PATH", f"{HOME}/.minari/datasets"))
     return (root / dataset_id / "data" / "metadata.json").exists()
 
 
@@ -515,8 +595,12 @@ def _minari_task(dataset_id):
     domain, kind = robots.get(env.split("-")[0], ""), dataset_id.split("/")[-1]
     if env.startswith("Rewind/Maze2d-"):  # of datasets/maze2d.py
         domain, kind = "maze2d", env.removeprefix("Rewind/Maze2d-").removesuffix("-v1")
-    reference = (storage["ref_min_score"], storage["ref_max_score"]) if storage.get("ref_max_score") is not None else None
-    return Task(dataset_id, domain, kind, reference, MAX_STEPS.get(f"{domain}-{kind.split('-')[0]}", 1000), env_spec=spec)
+    reference = (
+        (storage["ref_min_score"], storage["ref_max_score"]) if storage.get("ref_max_score") is not None else None
+    )
+    return Task(
+        dataset_id, domain, kind, reference, MAX_STEPS.get(f"{domain}-{kind.split('-')[0]}", 1000), env_spec=spec
+    )
 
 
 def _read_minari(dataset_id):
@@ -534,13 +618,24 @@ def _read_minari(dataset_id):
     else:
         for name, space in (("observations", data.spec.observation_space), ("actions", data.spec.action_space)):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-                raise UserError(f"{bad}its {name} are {str(space)[:80]}; these algorithms need a vector of continuous {name}")
+                raise UserError(
+                    f"{bad}its {name} are {str(space)[:80]}; these algorithms need a vector of continuous {name}"
+                )
         parts = [[] for _ in range(6)]
-        for episode in tqdm(data.iterate_episodes(), total=data.total_episodes, desc=dataset_id, unit="episode", leave=False):
+        for episode in tqdm(
+            data.iterate_episodes(), total=data.total_episodes, desc=dataset_id, unit="episode", leave=False
+        ):
             obs = episode.observations
             end = np.zeros(len(episode.rewards), bool)
             end[-1] = True  # an episode's end is an end of a trajectory whatever its flags say
-            rows = (obs[:-1], episode.actions, episode.rewards, obs[1:], episode.terminations, end & ~episode.terminations)
+            rows = (
+                obs[:-1],
+                episode.actions,
+                episode.rewards,
+                obs[1:],
+                episode.terminations,
+                end & ~episode.terminations,
+            )
             for part, row in zip(parts, rows, strict=True):
                 part.append(row)
         if not parts[0]:
@@ -570,7 +665,9 @@ def write_minari(dataset_id, data, env, reference, algorithm, script, facts):
     from minari.data_collector import EpisodeBuffer
     from minari.storage import get_dataset_path
 
-    shutil.rmtree(get_dataset_path(dataset_id), ignore_errors=True)  # also what a killed run left, which Minari does not list
+    shutil.rmtree(
+        get_dataset_path(dataset_id), ignore_errors=True
+    )  # also what a killed run left, which Minari does not list
     ended = data["terminals"] | data["timeouts"]
     ended[-1] = True
     begin, buffers = 0, []
@@ -578,7 +675,9 @@ def write_minari(dataset_id, data, env, reference, algorithm, script, facts):
         rows = slice(begin, end)
         obs = np.concatenate([data["observations"][rows], data["next_observations"][end - 1 : end]])
         flags = dict(terminations=data["terminals"][rows], truncations=ended[rows] & ~data["terminals"][rows])
-        buffers.append(EpisodeBuffer(id=i, observations=obs, actions=data["actions"][rows], rewards=data["rewards"][rows], **flags))
+        buffers.append(
+            EpisodeBuffer(id=i, observations=obs, actions=data["actions"][rows], rewards=data["rewards"][rows], **flags)
+        )
         begin = end
     minari.create_dataset_from_buffers(
         dataset_id,
@@ -608,8 +707,6 @@ def make_env(task):
     geoms where it had taken the larger one, so hopper and ant touch the ground earlier than ever before; halving all
     margins restores the old physics (one-step errors against MuJoCo 2.2.0: tests/test_utils.py).
     """
-    import mujoco
-
     domain = task if isinstance(task, str) else task.domain
     robots = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
     with warnings.catch_warnings():
@@ -618,15 +715,17 @@ def make_env(task):
         if not isinstance(task, str) and not task.sources and not ours:
             return _minari_env(task)  # our own Minari data sets cannot store the corrected margins
         if domain == "maze2d":
-            if not (ROOT / "maze2d_env.py").is_file():
-                raise UserError(f"maze2d_env.py is not beside {Path(__file__).name}: copy it from the repository")
-            import maze2d_env  # noqa: F401 - registers the mazes
+            import envs.maze2d  # noqa: F401 - registers the mazes
 
             return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")
         if domain not in robots:
-            raise UserError(f"there is no evaluation environment for {getattr(task, 'id', task)}; use --eval-episodes 0")
+            raise UserError(
+                f"there is no evaluation environment for {getattr(task, 'id', task)}; use --eval-episodes 0"
+            )
         handler = mujoco.get_mju_user_warning()
-        mujoco.set_mju_user_warning(lambda message: None)  # of a deprecated word in halfcheetah's XML, once an environment
+        mujoco.set_mju_user_warning(
+            lambda message: None
+        )  # of a deprecated word in halfcheetah's XML, once an environment
         try:
             env = gymnasium.make(robots[domain])
         finally:
@@ -635,36 +734,6 @@ def make_env(task):
     if domain in ("hopper", "ant") and version >= (3, 5):
         env.unwrapped.model.geom_margin[:] *= 0.5
     return Relabelled(env, task.kind) if not isinstance(task, str) and task.kind in RELABELLED else env
-
-
-def relabelled_reward(kind, act, next_obs):
-    """Reward of the tasks that MOPO made from the data of an agent running forward; act (..., A), next_obs (..., O) -> (...).
-
-    run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, which the agent was trained on who made the data of jump
-    jump  (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2 (z: height above the nominal pose)
-    angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
-
-    Speed limit, factor and costs: gwthomas/force, env/mujoco (the repository of one of MOPO's authors); direction: MOPO's slides.
-    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; z counts from the nominal
-    pose (there: from the height at the episode's reset, which an observation does not hold and which moves returns by some 900);
-    the ant is paid 1 for every step alive, as it is in Ant-v4, and pays nothing for contacts (sources differ).
-    """
-    cost = (act**2).sum(-1)
-    if kind in ("run", "jump"):
-        return next_obs[..., 8].clip(max=3) + (15 * next_obs[..., 0] if kind == "jump" else 0) - 0.1 * cost
-    return 1 + np.cos(np.pi / 6) * next_obs[..., 13] + np.sin(np.pi / 6) * next_obs[..., 14] - 0.5 * cost
-
-
-class Relabelled(gymnasium.Wrapper):
-    """The robot with the reward of another task."""
-
-    def __init__(self, env, kind):
-        super().__init__(env)
-        self.kind = kind
-
-    def step(self, action):
-        obs, _, terminated, truncated, info = self.env.step(action)
-        return obs, float(relabelled_reward(self.kind, np.asarray(action), obs)), terminated, truncated, info
 
 
 def _minari_env(task):
@@ -683,32 +752,74 @@ def _minari_env(task):
 
 
 @torch.no_grad()
-def evaluate(envs, act, seed, trajectories=None, rewards=None):
+def rollout(envs, act, seed):
     """One episode in every environment of `envs`, all stepped together; act: obs (B, O) tensor -> actions (B, A).
 
-    Episode i is seeded with seed + i. Returns the undiscounted returns and the lengths, NumPy arrays (len(envs),).
-    A list given as `trajectories` gets the observations of every episode, (T+1, O) each, one given as `rewards` its rewards, (T,).
+    Episode i is seeded with seed + i. Returns a list of observations, (T+1, O) float32 each, and one of rewards, (T,) each.
     Random numbers that `act` draws from torch are seeded too, and the caller's generators are put back.
     """
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
-    alive, seen, paid = np.arange(len(envs)), [[o.copy()] for o in obs], [[] for _ in envs]
+    seen = [[np.asarray(env.reset(seed=seed + i)[0], np.float32)] for i, env in enumerate(envs)]
+    rewards, alive = [[] for _ in envs], list(range(len(envs)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        while len(alive):
-            actions = np.asarray(act(torch.as_tensor(obs[alive], dtype=torch.float32)))
-            ended = np.zeros(len(alive), bool)
-            for k, i in enumerate(alive):
-                obs[i], rew, terminated, truncated, _ = envs[i].step(actions[k])
-                returns[i] += rew
-                lengths[i] += 1
-                paid[i].append(rew)
-                if trajectories is not None:
-                    seen[i].append(obs[i].copy())
-                ended[k] = terminated or truncated
-            alive = alive[~ended]
-    if trajectories is not None:
-        trajectories.extend(np.array(s) for s in seen)
-    if rewards is not None:
-        rewards.extend(np.array(p, float) for p in paid)
-    return returns, lengths
+        while alive:
+            actions = np.asarray(act(torch.from_numpy(np.stack([seen[i][-1] for i in alive]))))
+            if not np.isfinite(actions).all():
+                raise UserError("actions are not finite: the policy has diverged", status=3)
+            ended = []
+            for i, action in zip(alive, actions, strict=True):
+                obs, rew, terminated, truncated, _ = envs[i].step(action)
+                seen[i].append(np.asarray(obs, np.float32))
+                rewards[i].append(rew)
+                if terminated or truncated:
+                    ended.append(i)
+            alive = [i for i in alive if i not in ended]
+    return [np.stack(s) for s in seen], [np.array(r, float) for r in rewards]
+
+
+def evaluate(task, envs, act, seed, gamma, folder=None, episodes=None):
+    """Metrics of deterministic episodes, seeded apart from training and from other seeds; on a maze <folder>/execution.png.
+
+    A list given as `episodes` gets the observations of every episode, (T+1, O) each. The discounted return looks as far as
+    a learner does, to compare with Q values: policies of equal discounted return may differ a lot in score.
+    """
+    seen, rewards = rollout(envs, act, 1000 * seed + 100)
+    returns = np.array([r.sum() for r in rewards])
+    draw_maze(task, seen, folder, "execution")
+    if episodes is not None:
+        episodes.extend(seen)
+    metrics = {"return": returns.mean().item(), "return_std": returns.std().item()}
+    metrics |= {
+        "length": float(np.mean([len(r) for r in rewards])),
+        "normalized_score": normalized_score(task, returns.mean().item()),
+    }
+    metrics |= {"discounted_return": float(np.mean([r @ gamma ** np.arange(len(r)) for r in rewards]))}
+    return {f"eval/{k}": v for k, v in metrics.items()}
+
+
+def draw_maze(task, trajectories, folder, name):
+    """On a maze, the top view of some trajectories, (T, O) each, as <folder>/<name>.png."""
+    if folder is not None and task.domain == "maze2d":
+        from envs.maze2d import view_trajectories
+
+        write_image(folder / f"{name}.png", view_trajectories(task.kind.split("-")[0], trajectories[:100]))
+
+
+def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, folder):
+    """Metrics of imagined rows (M, ...). On a maze also what the simulator says of some chains: lists of h tuples (obs, act,
+    next_obs), (C, ...) each, in forward time."""
+    stats = {
+        "reward_min": rew.min(),
+        "reward_max": rew.max(),
+        "reward_mean": rew.mean(),
+        "terminated": terminated.mean(),
+    }
+    stats = {f"model/imagined_{k}": v for k, v in stats.items()}
+    if task.domain == "maze2d" and (n := min(len(step[0]) for step in chains)):
+        from envs.maze2d import replay_error
+
+        obs, act, next_obs = (torch.stack([step[k][:n].cpu() for step in chains], 1) for k in range(3))  # (C, h, ...)
+        draw_maze(task, torch.cat([obs[:, :1], next_obs], 1).numpy(), folder, "imagination")
+        one, all_steps = replay_error(task.kind.split("-")[0], *(x.double().numpy() for x in (obs, act, next_obs)))
+        stats |= {"model/replay_error_1": one, f"model/replay_error_{len(chains)}": all_steps}
+    return stats

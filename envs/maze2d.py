@@ -1,6 +1,6 @@
 """D4RL's maze2d on today's MuJoCo: a force-driven ball in a maze.
 
-    import gymnasium, maze2d_env    # the import registers Rewind/Maze2d-{umaze,medium,large}[-dense]-v1
+    import gymnasium, envs.maze2d    # the import registers Rewind/Maze2d-{umaze,medium,large}[-dense]-v1
     env = gymnasium.make("Rewind/Maze2d-umaze-v1", render_mode="rgb_array")
 
 The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections without
@@ -143,7 +143,9 @@ def top_view(maze, scale):
                 draw.rectangle([scale * j, scale * i, scale * (j + 1) - 1, scale * (i + 1) - 1], "gray")
 
     def place(position):
-        return scale * (position[1] + 0.7), scale * (position[0] + 0.7)  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
+        return scale * (position[1] + 0.7), scale * (
+            position[0] + 0.7
+        )  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
 
     y, x = place(goal_cell(maze))
     draw.ellipse([y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], "palegreen")
@@ -160,7 +162,9 @@ def view_trajectories(maze, trajectories, scale=80):
             colour = (round(255 * share), 0, round(255 * (1 - share)))
             draw.line([place(states[t]), place(states[t + 1])], colour, width=max(1, scale // 80))
     y, x = place(goal_cell(maze))
-    draw.ellipse([y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], outline="green", width=scale // 40)  # seen under any crowd
+    draw.ellipse(
+        [y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], outline="green", width=scale // 40
+    )  # seen under any crowd
     return image
 
 
@@ -196,13 +200,18 @@ def wall_distance(maze, begin, end):
     slope, length = np.where(way == 0, 1e-30, way), np.maximum((way**2).sum(1), 1e-30)
     least = np.full(len(begin), np.inf)
     for i, j in ((i, j) for i, line in enumerate(lines) for j, cell in enumerate(line) if cell == "#"):
-        low, high = np.array([i - 0.7, j - 0.7]), np.array([i + 0.3, j + 0.3])  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
+        low, high = (
+            np.array([i - 0.7, j - 0.7]),
+            np.array([i + 0.3, j + 0.3]),
+        )  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
         for p in (begin, end):
             least = np.minimum(least, np.linalg.norm(np.maximum(0, np.maximum(low - p, p - high)), axis=1))
         for corner in (low, high, [low[0], high[1]], [high[0], low[1]]):
             share = np.clip(((corner - begin) * way).sum(1) / length, 0, 1)[:, None]
             least = np.minimum(least, np.linalg.norm(begin + share * way - corner, axis=1))
-        bounds = np.sort([(low - begin) / slope, (high - begin) / slope], axis=0)  # (2, C, 2): shares of the way within each strip
+        bounds = np.sort(
+            [(low - begin) / slope, (high - begin) / slope], axis=0
+        )  # (2, C, 2): shares of the way within each strip
         enter, leave = bounds[0].max(1), bounds[1].min(1)
         least[(enter <= leave) & (enter <= 1) & (leave >= 0)] = 0
     top = np.array([len(lines), len(lines[0])]) - 0.7
@@ -232,7 +241,7 @@ for _maze in MAZES:
     for _dense in (False, True):
         gymnasium.register(
             f"Rewind/Maze2d-{_maze}{'-dense' * _dense}-v1",
-            entry_point="maze2d_env:Maze2d",
+            entry_point="envs.maze2d:Maze2d",
             kwargs={"maze": _maze, "dense": _dense},
             max_episode_steps=MAX_STEPS[_maze],
         )

@@ -1,0 +1,34 @@
+"""MOPO's two tasks that ask for something else than the agent did whose data they use."""
+
+import gymnasium
+import numpy as np
+
+
+def relabelled_reward(kind, act, next_obs):
+    """Reward of the tasks that MOPO made from the data of an agent running forward; act (..., A), next_obs (..., O) -> (...).
+
+    run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, which the agent was trained on who made the data of jump
+    jump  (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2 (z: height above the nominal pose)
+    angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
+
+    Speed limit, factor and costs: gwthomas/force, env/mujoco (the repository of one of MOPO's authors); direction: MOPO's slides.
+    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; z counts from the nominal
+    pose (there: from the height at the episode's reset, which an observation does not hold and which moves returns by some 900);
+    the ant is paid 1 for every step alive, as it is in Ant-v4, and pays nothing for contacts (sources differ).
+    """
+    cost = (act**2).sum(-1)
+    if kind in ("run", "jump"):
+        return next_obs[..., 8].clip(max=3) + (15 * next_obs[..., 0] if kind == "jump" else 0) - 0.1 * cost
+    return 1 + np.cos(np.pi / 6) * next_obs[..., 13] + np.sin(np.pi / 6) * next_obs[..., 14] - 0.5 * cost
+
+
+class Relabelled(gymnasium.Wrapper):
+    """The robot with the reward of another task."""
+
+    def __init__(self, env, kind):
+        super().__init__(env)
+        self.kind = kind
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = self.env.step(action)
+        return obs, float(relabelled_reward(self.kind, np.asarray(action), obs)), terminated, truncated, info
