@@ -576,7 +576,7 @@ class Run:
         self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = plumbing.open_log(self.folder / "metrics.jsonl", last.get("log_bytes", 0))
+        self.metrics = plumbing.open_log(self.folder / "metrics.jsonl", last.get("log_bytes", 0), self.evals)
         plumbing.write_file(self.folder / "config.json", json.dumps(config, indent=1) + "\n")
         (self.folder / "result.json").unlink(missing_ok=True)
         self.wandb = plumbing.start_wandb(args, config, self.folder) if args.track else None
@@ -616,8 +616,7 @@ class Run:
             self.mark = (update, self.worked)
         self.evals += [row] if "eval/return" in row else []
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in (losses | plumbing.score(self.evals)).items()})
-        self.metrics.write(plumbing.json_line(row))
-        self.metrics.flush()
+        plumbing.append(self.metrics, row)
         plumbing.to_wandb(self, lambda run: run.log(row))
 
     def finish(self):
