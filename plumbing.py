@@ -2,12 +2,15 @@
 
 import contextlib
 import ctypes
+import inspect
 import io
 import json
 import math
 import os
 import platform
+import pprint
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -65,8 +68,9 @@ def run_script(main, args_class, doc):
             signal.signal(getattr(signal, name), interrupt)
     args, status, error = None, 0, None
     try:
-        description = doc.split("\n")[0] + " Equations and symbols: the docstring of the file."
-        args = tyro.cli(args_class, description=description)
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            return show_help(args_class, doc)
+        args = tyro.cli(args_class)
         main(args)
     except UserError as e:
         status, error = e.status, e
@@ -86,6 +90,21 @@ def run_script(main, args_class, doc):
         elif status:
             tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.exit(status)
+
+
+def show_help(args_class, doc):
+    """Flags in the groups of `Args`, with defaults and comments, and what SETTINGS says of tasks."""
+    print(doc.split("\n")[0], "Equations and symbols: the docstring of the file.")
+    for line in inspect.getsource(args_class).splitlines():
+        if group := re.match(r"    # --- (.+) ---", line):
+            print(f"\n{group[1]}")
+        elif field := re.match(r"    (\w+): (.+?) = (.+?)(?:  # (.*))?$", line):
+            name, kind, default, comment = field.groups()
+            flag = f"--{name}".replace("_", "-") + (f" / --no-{name}".replace("_", "-") if "bool" in kind else "")
+            choices = ", ".join(re.findall(r'"(\w+)"', kind)) if "Literal" in kind else ""
+            print(f"  {flag:40} {default:24} {'; '.join(filter(None, (choices, comment)))}")
+    if settings := getattr(inspect.getmodule(args_class), "SETTINGS", None):
+        print(f"\nby task (the longest name that fits)\n{pprint.pformat(settings, width=100, sort_dicts=False)}")
 
 
 def largest_size(args):
@@ -172,6 +191,7 @@ def describe_run(script, args, task, data, device, direction, model):
     except OSError:
         git = ""
     config = {"name": f"{task.slug}__{args.exp_name}__{args.seed}{source}", "script": Path(script).name}
+    config |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
     config |= {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device)}
     config |= {"versions": versions | {"python": platform.python_version()}, "git_commit": git or None}
     config |= {"command": [Path(script).name, *sys.argv[1:]], "wandb_id": uuid.uuid4().hex[:8]}

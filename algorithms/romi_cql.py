@@ -45,7 +45,7 @@ from torch import nn
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # behind the script's own folder, for a copy of it
 import plumbing
 from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
-from utils import describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
+from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
 @dataclass
@@ -94,6 +94,7 @@ class Args:
     rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # which actions are imagined; None: by task
     priority_rollout: bool | None = None  # draw start states by the return of their trajectory; None: by task
     priority_policy: bool | None = None  # draw the real rows of a batch likewise; None: by task
+    imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
     model_buffer_size: PositiveInt = 4_000_000  # imagined transitions, made once before policy learning
     rollout_batch_size: PositiveInt = 20_000  # start states per call; the distribution does not depend on it
     rollout_policy_updates: PositiveInt = 500_000  # of a learnt rollout policy
@@ -229,8 +230,11 @@ class BehaviourCloning(nn.Module):
         """cond (N, O): the states whose mean and standard deviation it takes"""
         super().__init__()
         self.entropy_weight, self.net = entropy_weight, mlp(cond.shape[1], hidden, hidden, 2 * act_dim)
-        self.register_buffer("mean", cond.mean(0))
-        self.register_buffer("std", cond.std(0) + 1e-6)
+        mean, std = cond.mean(0), cond.std(0)
+        self.register_buffer("mean", mean)
+        self.register_buffer(
+            "std", torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std + 1e-6)
+        )  # 1 for constant columns
 
     def forward(self, cond):
         mean, log_std = self.net((cond - self.mean) / self.std).chunk(2, -1)
@@ -344,9 +348,9 @@ def train_dynamics(cond, act, rew, pred, args, run):
     bootstrap = (torch.randint(N, (E, N), generator=split) if E > 1 else torch.arange(N)[None]).to(device)
     current = Dynamics(cond.shape[1], act.shape[1], args).to(device)
     x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
-    std = x[train].std(0, unbiased=False)
-    current.mean.copy_(x[train].mean(0))
-    current.std.copy_(torch.where(std < 1e-12, 1.0, std))
+    mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
+    current.mean.copy_(mean)
+    current.std.copy_(torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std))  # 1 for constant columns
     x = current.inputs(cond, act)
     dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
     loss_fn = torch.compile(current.loss) if args.compile else current.loss
@@ -394,22 +398,24 @@ def train_rollout_policy(cond, act, args, run):
     return policy.sample
 
 
-def termination_fn(task, data):
+def termination_fn(task, data, args):
     """(obs, act, next_obs) -> (B,) bool: has the MDP ended with this transition? The rules of Gymnasium's v4 robots."""
-    goal = data.goal() if task.domain == "antmaze" else None
+    domain = task.domain if args.imagined_ends else "endless"
+    goal = data.goal() if domain == "antmaze" else None
 
     def terminates(obs, act, next_obs):
         height, angle, finite = next_obs[:, 0], next_obs[:, 1], next_obs.isfinite().all(-1)
-        if task.domain == "hopper":
+        if domain == "hopper":
             return ~(finite & (next_obs[:, 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
-        if task.domain == "walker2d":
+        if domain == "walker2d":
             return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
-        if task.domain == "ant":
+        if domain == "ant":
             return ~(finite & (height >= 0.2) & (height <= 1.0))
-        if task.domain == "antmaze":
+        if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
         return torch.zeros_like(finite)  # halfcheetah and maze2d never end
 
+    check_ends(terminates, domain, data)
     return terminates
 
 
@@ -522,8 +528,7 @@ class CQL:
         descend(self.policy_opt, policy_loss - self.alphas["sac"] * (log_prob + self.target_entropy))
         metrics = {"losses/policy": policy_loss.detach(), "q/entropy": -log_prob, "q/alpha": alpha}
         if clone_only:
-            return metrics
-
+            return metrics  # the policy never looks at Q
         td_loss, penalty, q_means = self.critic_loss(obs, act, rew, next_obs, terminated)
         critic_loss = td_loss + self.args.cql_alpha * penalty
         if self.args.lagrange:  # ascent on alpha (penalty - gap), summed over both Q functions
@@ -619,9 +624,9 @@ class Run:
         plumbing.append(self.metrics, row)
         plumbing.to_wandb(self, lambda run: run.log(row))
 
-    def finish(self):
+    def finish(self, **more):
         rate = (self.args.total_updates - self.begin[0]) / max(self.worked - self.begin[1], 1e-9)
-        result = plumbing.summary(self.config, self.args, self.evals, self.worked, rate)
+        result = plumbing.summary(self.config, self.args, self.evals, self.worked, rate) | more
         plumbing.write_file(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         plumbing.to_wandb(self, lambda run: (run.summary.update(result), run.finish()))
         print(f"{self.folder}: normalized score {result['normalized_score']}, return {result['return_mean']}")
@@ -634,8 +639,7 @@ def main(args):
     data = load_dataset(task, args.dataset)
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     config = plumbing.describe_run(__file__, args, task, data, device, "reverse", MODEL)
-    clone_only = args.model_ratio == 0 and args.bc_warmup >= args.total_updates  # the policy never looks at Q: skip it
-    config["args"]["clone_only"] = clone_only
+    config["args"]["clone_only"] = clone_only = args.model_ratio == 0 and args.bc_warmup >= args.total_updates
     run = Run(args, config)
     if run.finished:
         return
@@ -653,7 +657,7 @@ def main(args):
         rollout_policy = train_rollout_policy(cond, act, args, run)  # l. 7-9
         torch.manual_seed(4 * args.seed + 2)
         starts = row_sampler(data.obs.to(device), returns if args.priority_rollout else None)
-        imagined, chains = imagine(starts, dynamics, rollout_policy, termination_fn(task, data), args)  # l. 10-14
+        imagined, chains = imagine(starts, dynamics, rollout_policy, termination_fn(task, data, args), args)  # l. 10-14
         model = row_sampler(imagined)  # D_model
 
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
