@@ -1,0 +1,98 @@
+"""Suites of runs, from suites.toml, as plain commands; and the grid sweeps for W&B agents, from the same list."""
+
+import fnmatch
+import json
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from utils import UserError, parse_task
+
+HERE = Path(__file__).resolve().parent
+SUITES = tomllib.loads((HERE / "suites.toml").read_text())
+TASKS, FLAGS = SUITES.pop("tasks"), SUITES.pop("flags")
+SUITES["smoke"]["rows"] = [
+    row | {"tasks": task, "seeds": [0], "flags": f"{flags} {row.get('flags', '')}"}
+    for row in SUITES["paper"]["rows"]
+    for task, flags in [SUITES["smoke"]["scripts"][row["script"]]]
+]
+SWEPT = ("romi_bcq", "romi_cql", "mopo", "combo", "armor", "sra_iql")  # the headline algorithms
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command and the folder that it fills."""
+
+    folder: Path
+    command: tuple[str, ...]
+    updates: int  # 0: as many as the script's default
+    lender: str  # name of the run whose model it takes, or ""
+
+    @property
+    def name(self):
+        return self.folder.name
+
+    def finished(self):
+        """Whoever went on beyond the suite's updates has made them, too."""
+        result = self.folder / "result.json"
+        return result.exists() and json.loads(result.read_text())["updates"] >= self.updates
+
+
+def tasks_of(row):
+    return [task for word in row["tasks"].split() for task in TASKS[word]]
+
+
+def source_of(dataset):
+    """How the source of the data ends the name of a run."""
+    if dataset.endswith((".hdf5", ".h5")):
+        return f"__{Path(dataset).stem}"
+    return {"d4rl": "", "bundled": "__bundled", "generated": "__generated"}.get(dataset, "__minari")
+
+
+def expand(suite, only=(), run_dir=""):
+    """Runs of the suite whose names contain, or fit, one of `only`, and those whose models they take; lenders first."""
+    suite, runs = SUITES[suite], {}
+    run_dir = run_dir or suite["run_dir"]
+    words = {"run_dir": run_dir} | {k: v.format(run_dir=run_dir) for k, v in FLAGS.items()}
+    for row in suite["rows"]:
+        for task, seed in ((task, seed) for task in tasks_of(row) for seed in row.get("seeds", (0, 1, 2))):
+            data = suite["data"].get(task, "d4rl").format(**words)
+            begin, end = parse_task(task).slug, f"{seed}{source_of(data)}"
+            flags = f"{suite['flags']} {row.get('flags', '')}".format(**words).split()
+            lender = f"{begin}__{row['model_of']}__{end}" if "model_of" in row else ""
+            flags += ["--dynamics-from", f"{run_dir}/{lender}/dynamics.pt"] if lender else []
+            updates = int(flags[flags.index("--total-updates") + 1]) if "--total-updates" in flags else 0
+            where = f"--env {task} --dataset {data} --seed {seed} --exp-name {row['name']} --run-dir {run_dir}".split()
+            command = (sys.executable, f"algorithms/{row['script']}.py", *where, *flags)
+            run = Run(Path(run_dir) / f"{begin}__{row['name']}__{end}", command, updates, lender)
+            runs[run.name] = run
+    wanted = {n for n in runs if not only or any(w in n or fnmatch.fnmatchcase(n, w) for w in only)}
+    if not wanted:
+        raise UserError(f"--only {' '.join(only)}: no run of this suite has that in its name; --dry-run shows them")
+    wanted |= {runs[n].lender for n in wanted}
+    return sorted((run for n, run in runs.items() if n in wanted), key=lambda run: bool(run.lender))
+
+
+def sweep_files():
+    """Path -> text of a grid sweep, env x seed, for the headline algorithm of each paper."""
+    files = {}
+    for row in (row for row in SUITES["paper"]["rows"] if row["name"] in SWEPT):
+        tasks = [task for task in tasks_of(row) if task not in TASKS["jumps"]]  # these have no official file
+        sweep = {
+            "program": f"algorithms/{row['script']}.py",
+            "name": row["name"],
+            "project": "rewind",
+            "method": "grid",
+        }
+        sweep["metric"] = {"name": "eval/normalized_score", "goal": "maximize"}
+        sweep["parameters"] = {"env": {"values": tasks}, "seed": {"values": row.get("seeds", [0, 1, 2])}}
+        sweep["command"] = ["${env}", "${interpreter}", "${program}", "--track", "--dataset", "d4rl", "${args}"]
+        file = HERE / "sweeps" / f"{row['name']}.yaml"
+        how = (
+            f"# Made by `python -m benchmark sweeps`. wandb sweep benchmark/sweeps/{file.name}, then wandb agent <id>\n"
+        )
+        files[file] = how + yaml.safe_dump(sweep, sort_keys=False)
+    return files
