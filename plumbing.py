@@ -125,6 +125,7 @@ def validate(args):
     except ValidationError as e:
         first = e.errors()[0]
         flag, why = str(first["loc"][0]).replace("_", "-"), first["msg"].replace("Input should", "must")
+        why = "must be letters, digits and _.+=-, 100 at most" if first["type"] == "string_pattern_mismatch" else why
         raise UserError(f"--{flag} {str(first['input'])[:80]}: {why}") from None
 
 

@@ -1,127 +1,120 @@
 """MOPO: model-based offline policy optimisation, SAC in a learnt model whose rewards are penalised by its uncertainty.
 
-Paper: Yu et al. 2020, arXiv:2005.13239. Reference code: tianheyu927/mopo; second settings: yihaosun1124/OfflineRL-Kit.
-Line numbers are those of the paper's Algorithm 2 (MOPO with an ensemble of Gaussian models).
+Paper: Yu et al. 2020, arXiv:2005.13239; lines are those of its Algorithm 2. Code: tianheyu927/mopo.
 
-  model        p(s', r | s, a), ensemble of N Gaussians (mu_i, Sigma_i)          maximum likelihood on the data       Alg. 2, l. 1
-  rollouts     s from the data, h steps of a ~ pi(.|s), (s', r) ~ p_i(.|s, a)    i drawn anew for every row           Alg. 2, l. 4-8
-  penalty      r~(s, a) = r(s, a) - lambda u(s, a)                               the penalised MDP                    Alg. 1, l. 1
-               u(s, a) = max_i ||Sigma_i(s, a)||                                 the largest predicted spread         Alg. 2, l. 9
-  learner      SAC on 5 % data and 95 % rollouts                                 arXiv:1812.05905, Eq. 5, 7, 18       Alg. 2, l. 11
+  model      p(s', r | s, a): ensemble of N Gaussians (mu_i, Sigma_i)        maximum likelihood on the data     l. 1
+  rollouts   a ~ pi(.|s), (s', r) ~ p_i(.|s, a), then s <- s', h times, from states of the data                 l. 4-8
+  penalty    r~(s, a) = r(s, a) - lambda u(s, a)                             the penalised MDP         Alg. 1, l. 1
+             u(s, a) = max_i ||Sigma_i(s, a)||                               the largest predicted spread       l. 9
+  learner    SAC on batches with a share eta of imagined transitions         arXiv:1812.05905, Eq. 5, 7, 18     l. 11
 
     python algorithms/mopo.py --env hopper-medium-replay
-    python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0     # no penalty: MBPO's training on fixed data
-    python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0      # no model: SAC on fixed data
+    python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0  # no penalty: MBPO's training on fixed data
+    python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0   # no model: SAC on fixed data
 
-Two presets. v0: horizon, lambda and rates of the reference code, which belong to D4RL's v0 data. v2 (default): those of
-OfflineRL-Kit, which has scores on today's data: smaller steps of the policy with a cosine decay, three million updates.
+Two presets. v0: horizon, lambda and rates of the code, for D4RL's v0 data. v2 (default): those of
+yihaosun1124/OfflineRL-Kit, for today's data: smaller steps of the policy with a cosine decay, three million updates.
 
-Differences from paper and reference code:
-  1. u is the norm of the standard deviations, as in the code; the paper prints the norm of the covariance. Every published
-     lambda belongs to the code's form. All 7 members count in it, but only the 5 elites imagine (l. 8 names all).
-  2. The penalised reward is a sample of the model, as in l. 8 and in the code; the paper's text speaks of its mean.
-  3. The buffer keeps the last 5 rollouts whole. The reference keeps the last 5 x 50 000 x h rows, and so, where rollouts end
-     early, rows of older policies as well.
-  4. Rows without a recorded successor train no model; the reference learns the resets after terminals as physics.
-  5. A state of hopper below -100 ends a rollout as one above 100 does (a slip in the reference's rule). OfflineRL-Kit also ends
+Differences from paper and code:
+  1. u is the norm of standard deviations, as in the code, to which every published lambda belongs; the paper
+     prints the covariance. All members count in it, but only the elites imagine (l. 8 names all).
+  2. The reward that is penalised is a sample of the model, as in l. 8 and in the code; the paper's text says its mean.
+  3. The buffer keeps the last 5 rollouts; the code keeps rows of older policies, too, where rollouts end early.
+  4. Rows without a recorded successor train no model, but stay in the learner's batches. The code trains on them,
+     OfflineRL-Kit drops them.
+  5. A rollout of hopper ends beyond +-100; a slip in the code bounds one side alone. OfflineRL-Kit also ends
      halfcheetah and walker2d there.
-  6. The policy's log standard deviation is clamped to [-5, 2] as in OfflineRL-Kit, in the reference to [-20, 2].
-  7. The Q functions step before the policy, the temperature after it. TD errors are not halved (no matter for Adam).
-  8. v2: the policy's rate decays with every update and over the full three million, so that a run can be carried on; in
-     OfflineRL-Kit with every 1 000, over the length of the run. A short run hardly decays: --policy-lr-decay sets the length.
-  9. Rows that end without a recorded successor stay in the learner's batches (their targets need none); OfflineRL-Kit drops them.
+  6. The policy's log standard deviation lies in [-5, 2], as in OfflineRL-Kit; in the code in [-20, 2].
+  7. log(1 - a^2) is exact, without + 1e-6; no clamp of SAC's temperature at 1 (OfflineRL-Kit has it).
+  8. v2: the cosine runs over --policy-lr-decay updates, whatever the length of the run, so that it can be carried on.
 """
 
-import ctypes
+import copy
 import json
 import math
 import os
-import platform
-import random
-import subprocess
 import sys
-import time
-import uuid
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import gymnasium
-import mujoco
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
-from tqdm import tqdm
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, where a copy has its utils.py
-from utils import UserError, evaluate, load_dataset, make_env, normalized_score, parse_task
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # behind the script's own folder, for a copy of it
+import plumbing
+from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
+from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
 @dataclass
 class Args:
     # --- experiment ---
-    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task (version optional) or Minari id
-    exp_name: str | None = None  # None: mopo; mbpo without penalty; sac without imagined data; with preset v0 ..._v0
+    env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
+    exp_name: Name | None = None  # None: mopo; mbpo without penalty; sac without imagined rows; with preset v0 ..._v0
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
-    seed: int = 0
-    total_updates: int | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
+    seed: Seed = 0
+    total_updates: PositiveInt | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    num_threads: int | None = None  # threads on the CPU; None: all cores
+    num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 for the predicted spread of all members, the bulk of a rollout; the rest stays float32
+    bf16: bool = False  # bfloat16 for the predicted spread of all members, the bulk of a rollout
     run_dir: str = "runs"  # parent of the run's folder
-    checkpoint_every: int = 10_000  # updates; dynamics training writes one an epoch
+    checkpoint_every: PositiveInt = 10_000  # updates; dynamics training writes one an epoch
 
     # --- logging ---
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
     wandb_group: str | None = None  # None: task and algorithm
-    log_every: int = 1_000  # updates
+    log_every: PositiveInt = 1_000  # updates
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    eval_every: int = 5_000  # updates
-    eval_episodes: int = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_every: PositiveInt = 5_000  # updates
+    eval_episodes: NonNegativeInt = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
-    ensemble_size: int = 7  # members of the model
-    num_elites: int = 5  # members with the lowest holdout error; only these imagine
-    dynamics_hidden: int = 200  # width of the 4 hidden layers
-    dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers; their weights, first and last layer and loss stay float32
-    dynamics_lr: float = 1e-3
-    dynamics_batch_size: int = 256
-    dynamics_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: int | None = None  # None: until the holdout error stops falling, as the reference code
-    dynamics_from: str | None = None  # folder of another run whose model is taken: same data, seed and settings, so the same model
-    dynamics_patience: int = 5  # epochs in which no member improves by 1 % on its best; training stops on the next one
-    holdout_ratio: float = 0.2  # share of the rows held out
-    holdout_max: int = 1_000  # upper limit of held-out rows
+    ensemble_size: PositiveInt = 7  # members of the model
+    num_elites: PositiveInt = 5  # members with the lowest holdout error; only these imagine
+    dynamics_hidden: PositiveInt = 200  # width of the 4 hidden layers
+    dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
+    dynamics_lr: Positive = 1e-3
+    dynamics_batch_size: PositiveInt = 256
+    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
+    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
+    dynamics_patience: NonNegativeInt = 5  # epochs in which no member improves by 1 % on its best
+    dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
+    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
+    holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
 
-    # --- rollout (None: the task's value, SETTINGS below) ---
-    horizon: int | None = None  # imagined steps per start state (h); None: by task
-    model_ratio: float = 0.95  # share of imagined rows in a batch (eta = 1 - real_ratio); 0: the base learner
-    rollout_every: int = 1_000  # updates from one rollout to the next
-    rollout_starts: int = 50_000  # start states per rollout
-    rollouts_kept: int = 5  # rollouts in the buffer, the oldest goes first
-    penalty_coef: float | None = None  # lambda; 0: no penalty; None: by task
-    penalty: Literal["aleatoric", "pairwise_diff", "ensemble_std"] = "aleatoric"  # u(s, a), see penalty_of(); lambda of SETTINGS: aleatoric
+    # --- rollout ---
+    horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
+    model_ratio: Share = 0.95  # share of imagined rows in a batch (eta); 0: the base learner
+    rollout_every: PositiveInt = 1_000  # updates from one rollout to the next
+    rollout_starts: PositiveInt = 50_000  # start states per rollout
+    rollouts_kept: PositiveInt = 5  # rollouts in the buffer, the oldest goes first
+    imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
+    penalty_coef: NonNegative | None = None  # lambda; 0: no penalty; None: by task, for the aleatoric u
+    penalty: Literal["aleatoric", "pairwise_diff", "ensemble_std"] = "aleatoric"  # u(s, a), see penalty_of()
 
     # --- learner ---
-    batch_size: int = 256  # real and imagined rows together
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # rate of the target networks
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers of policy and Q functions
-    qf_lr: float = 3e-4
-    policy_lr: float | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
-    policy_lr_decay: int | None = None  # updates in which a cosine takes the policy's rate to 0, 0: never; None: as the preset
+    batch_size: PositiveInt = 256  # real and imagined rows together
+    gamma: Share = 0.99  # discount
+    tau: Share = 0.005  # rate of the target networks
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # widths of the hidden layers of policy and Q functions
+    qf_lr: Positive = 3e-4
+    policy_lr: Positive | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
+    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: never
     target_entropy: float | None = None  # None: minus the number of action dimensions; v0: -3, whatever the task
 
 
-# Horizon h and penalty weight lambda. v0: tianheyu927/mopo, examples/config/d4rl. v2: OfflineRL-Kit, run_example/run_mopo.py.
-# "ours" is in neither. The longest key that the task begins with counts.
+# Horizon h and penalty weight lambda. v0: tianheyu927/mopo, examples/config/d4rl; v2:
+# OfflineRL-Kit, run_mopo.py; "ours" is in neither. The longest key that the task begins with counts.
 SETTINGS = {
     "v0": {
         "halfcheetah-random": (5, 0.5),
@@ -158,238 +151,13 @@ SETTINGS = {
         "": (1, 1.0),
     },
 }
-# Flags that change no update (the number of threads only its rounding): a run may be carried on with other values of them.
-BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dynamics_from"}
-BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group"}
-BOOKKEEPING |= {"dataset"}  # their contents count, not how they were asked for
-ADDED = {"bf16", "dynamics_bf16"}  # flags younger than the first runs: one that was begun without them goes on with the default
-MAY_BE_ZERO = {"seed", "model_ratio", "eval_episodes", "gamma", "penalty_coef", "policy_lr_decay", "dynamics_weight_decay"}
-MAY_BE_ZERO |= {"dynamics_patience"}
-
-
-def resolve(args, task):
-    """The arguments with the settings of preset and task where the user left None; UserError for what cannot work."""
-    table = SETTINGS[args.preset]
-    horizon, penalty_coef = table[max((k for k in table if f"{task.domain}-{task.kind}".startswith(k)), key=len)]
-    tuned = {"horizon": horizon, "penalty_coef": penalty_coef}
-    if args.preset == "v0":
-        tuned |= {"total_updates": 1_000_000, "policy_lr": 3e-4, "policy_lr_decay": 0, "target_entropy": -3.0}
-    else:
-        tuned |= {"total_updates": 3_000_000, "policy_lr": 1e-4, "policy_lr_decay": 3_000_000}
-    args = replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None})
-    for name, value in asdict(args).items():
-        for v in value if isinstance(value, tuple) else (value,):
-            flag = f"--{name.replace('_', '-')} {v}"
-            if type(v) is float and not math.isfinite(v):
-                raise UserError(f"{flag}: must be a finite number")
-            if type(v) in (int, float) and name != "target_entropy":
-                if v < 0 or (v == 0 and name not in MAY_BE_ZERO):
-                    raise UserError(f"{flag}: must be {'at least 0' if name in MAY_BE_ZERO else 'positive'}")
-                if (v > 1 and name in ("gamma", "tau", "model_ratio")) or (v >= 1 and name == "holdout_ratio"):
-                    raise UserError(f"{flag}: must be {'below' if name == 'holdout_ratio' else 'at most'} 1")
-    if 0 < args.policy_lr_decay < args.total_updates:
-        raise UserError(f"--total-updates {args.total_updates}: the policy stands still after --policy-lr-decay {args.policy_lr_decay}")
-    if args.num_elites > args.ensemble_size or len(args.dynamics_weight_decay) != 5:
-        raise UserError("--num-elites must not exceed --ensemble-size, and --dynamics-weight-decay needs 5 values")
-    if args.penalty != "aleatoric" and args.ensemble_size == 1 and args.model_ratio > 0:
-        raise UserError(f"--penalty {args.penalty}: needs members that can disagree; --ensemble-size 1 has one")
-    if args.model_ratio > 0 and int((1 - args.model_ratio) * args.batch_size + 1e-6) == args.batch_size:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}; 0 switches the model off")
-    name = "sac" if args.model_ratio == 0 else "mopo" if args.penalty_coef > 0 else "mbpo"
-    name += "" if args.preset == "v2" else "_v0"
-    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
-
-
-# --- run folder ---
-
-
-class Run:
-    """Config, metrics, checkpoints and result of one run, in <run-dir>/<task>__<algorithm>__<seed>[__<data source>]."""
-
-    def __init__(self, args, task, data, device):
-        """Make the folder or take up the run in it; `finished` says that there is nothing left to do."""
-        self.args, self.task, self.data, self.began = args, task, data, time.time()
-        source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
-        self.folder = Path(args.run_dir) / f"{task.slug}__{args.exp_name}__{args.seed}{source}"
-        modules = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)} | {"python": platform.python_version()}
-        git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-        config = {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device), "versions": modules}
-        config |= {"command": [Path(__file__).name, *sys.argv[1:]], "git_commit": git if len(git) == 40 else None}
-        self.config = json.loads(json.dumps(config)) | {"wandb_id": uuid.uuid4().hex[:8]}
-        self.state, self.evals, self.elapsed, self.wandb, self.finished = {}, [], 0.0, None, False
-        result = self.folder / "result.json"
-        if (self.folder / "checkpoint.pt").exists() or result.exists():  # where nothing is saved yet, settings may change
-            old = json.loads((self.folder / "config.json").read_text())
-            if (script := old["command"][0]) != self.config["command"][0]:
-                raise UserError(f"{self.folder} holds a run of {script}; give another --run-dir or --exp-name")
-            self.config["wandb_id"] = old["wandb_id"]  # a resumed run continues its curve
-            now, then = ({k: v for k, v in c["args"].items() if k not in BOOKKEEPING} for c in (self.config, old))
-            now["device"], then["device"] = self.config["device"], old["device"]
-            then = {k: getattr(Args, k) for k in ADDED} | then
-            differ = [f"--{k.replace('_', '-')} ({then.get(k)} there)" for k in sorted(now | then) if now.get(k) != then.get(k)]
-            facts = [k for k, v in self.config["dataset"].items() if v != old["dataset"].get(k)]
-            differ += sorted({f"{k if k in data.more_facts else 'data'} file" for k in facts})  # also of a reference, of an expert
-            if differ:
-                raise UserError(f"{self.folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
-        if (self.folder / "checkpoint.pt").exists():
-            self.state = load_checkpoint(self.folder / "checkpoint.pt")
-            self.evals, self.elapsed = self.state["evals"], self.state["elapsed"]
-            if self.state["phase"] == "policy" and self.state["step"] > args.total_updates:
-                raise UserError(f"--total-updates {args.total_updates}: {self.folder} has {self.state['step']} updates already")
-        if result.exists():
-            self.finished = json.loads(result.read_text())["updates"] == args.total_updates
-            if self.finished:
-                return
-            result.unlink()  # more updates are asked for
-        at = f"resumed at step {self.state['step']} of {self.state['phase']}" if self.state else "new run"
-        print(f"{self.folder}: {at}, {len(data)} transitions of {data.source} data, on {device}", file=sys.stderr)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = open(self.folder / "metrics.jsonl", "a")
-        try:
-            import fcntl
-
-            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as the file is open
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is training in it") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
-        self.write("config.json", lambda f: f.write_text(json.dumps(self.config, indent=1) + "\n"))
-        self.metrics.truncate(self.state.get("metrics_bytes", 0))  # what came after the checkpoint will come again
-        if args.track:
-            self.begin_wandb()
-
-    def begin_wandb(self):
-        for mode in (os.environ.get("WANDB_MODE"), "offline"):  # no login or no server: offline, for `wandb sync` later
-            try:
-                import wandb
-
-                self.wandb = wandb.init(
-                    project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.folder.name,
-                    group=self.args.wandb_group or f"{self.task.slug}__{self.args.exp_name}", id=self.config["wandb_id"],
-                    tags=[self.task.id, self.args.exp_name, self.data.source], config=self.config, resume="allow", mode=mode,
-                    dir=str(self.folder), settings=wandb.Settings(init_timeout=30),
-                )  # fmt: skip
-                return self.wandb.define_metric("*", step_metric="update")
-            except Exception as e:  # whatever it is, a run is not stopped by its logger
-                print(f"W&B: {type(e).__name__}: {str(e)[:120]}", file=sys.stderr)
-
-    def log(self, update, metrics):
-        """One line of metrics.jsonl; tensors become floats here and nowhere else."""
-        row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-        if bad := [k for k, v in row.items() if k.startswith("losses/") and not math.isfinite(v)]:
-            raise UserError(f"{', '.join(bad)} not finite at update {update}; {self.folder} keeps its last good checkpoint", status=3)
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
-        self.to_wandb(lambda run: run.log(row))
-
-    def to_wandb(self, call):
-        try:
-            if self.wandb:
-                call(self.wandb)
-        except Exception as e:
-            print(f"W&B: {type(e).__name__}: {str(e)[:120]}; going on without it", file=sys.stderr)
-            self.wandb = None
-
-    def write(self, name, write):
-        part = self.folder / f"{name}.part"
-        write(part)
-        os.replace(part, self.folder / name)  # a killed run never leaves half a file under its name
-        if name.endswith(".png"):
-            self.to_wandb(lambda run: run.log({f"figures/{name[:-4]}": sys.modules["wandb"].Image(str(self.folder / name))}))
-
-    def save(self, phase, step, **parts):
-        """Checkpoint. What earlier phases left in it stays, unless it is given again; None removes it."""
-        rng = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
-        self.state |= parts | {"phase": phase, "step": step, "rng": rng, "evals": self.evals}
-        self.state |= {"metrics_bytes": self.metrics.tell(), "elapsed": self.elapsed + time.time() - self.began}
-        self.state = {k: v for k, v in self.state.items() if v is not None}
-        self.write("checkpoint.pt", lambda f: torch.save(self.state, f))
-        if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)  # gives back what lies free between blocks in use, or long runs creep up
-
-    def restore_rng(self):
-        torch.set_rng_state(self.state["rng"][0])
-        if len(self.state["rng"]) > 1 and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.state["rng"][1])
-
-    def evaluate(self, update, envs, act):
-        """Deterministic episodes, seeded apart from training and from other seeds; the score, or without a reference the return."""
-        self.seen, rewards = [], []
-        returns, lengths = evaluate(envs, act, seed=1000 * self.args.seed + 100, trajectories=self.seen, rewards=rewards)
-        self.draw("execution", self.seen)
-        e = {"return": returns.mean().item(), "return_std": returns.std().item(), "length": lengths.mean().item()}
-        e["normalized_score"] = normalized_score(self.task, e["return"])
-        # as far as a learner looks ahead, to compare with Q values: policies of equal discounted return may differ a lot in score
-        e["discounted_return"] = float(np.mean([r @ self.args.gamma ** np.arange(len(r)) for r in rewards]))
-        self.evals.append({"update": update} | e)
-        self.log(update, {f"eval/{k}": v for k, v in e.items()})
-        return e["return"] if e["normalized_score"] is None else e["normalized_score"]
-
-    def draw(self, name, trajectories):
-        """On a maze, the top view of some (T, 4) trajectories as <name>.png."""
-        if self.task.domain == "maze2d":
-            from maze2d_env import draw_trajectories
-
-            self.write(f"{name}.png", lambda f: draw_trajectories(self.task.kind.split("-")[0], trajectories[:100], f))
-
-    def finish(self, updates, sps, **more):
-        last = self.evals[-1] if self.evals else dict.fromkeys(("return", "return_std", "normalized_score"))
-        tail = [e["normalized_score"] for e in self.evals[-10:] if e["normalized_score"] is not None]
-        result = {"task": self.task.id, "algorithm": self.args.exp_name, "seed": self.args.seed, "updates": updates}
-        result |= {"normalized_score": last["normalized_score"], "normalized_score_last_10": sum(tail) / len(tail) if tail else None}
-        result |= {"return_mean": last["return"], "return_std": last["return_std"], "eval_episodes": self.args.eval_episodes}
-        result |= {"wall_time_s": round(self.elapsed + time.time() - self.began, 1), "updates_per_s": round(sps, 2)}
-        result |= more | {k: self.config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
-        self.write("result.json", lambda f: f.write_text(json.dumps(result, indent=1) + "\n"))
-        columns = list(self.evals[-1]) if self.evals else []
-        rows = [[e.get(k) for k in columns] for e in self.evals]  # a run may have begun before a column existed
-        self.to_wandb(lambda run: run.log({"evaluations": sys.modules["wandb"].Table(columns, rows)}))
-        self.to_wandb(lambda run: (run.summary.update(result), run.finish()))
-        score = [f"{name.replace('_', ' ')} {last[name]:.1f}" for name in ("normalized_score", "return") if last[name] is not None]
-        score += [f"{name.replace('_', ' ')} {value:.1f}" for name, value in more.items()]
-        print(f"{self.folder}: {', '.join(score) or 'not evaluated'}")
-
-
-def load_checkpoint(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever the bytes of a damaged file lead to
-        raise UserError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[:80]})") from None
-
-
-def pick_device(name):
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name != "auto" and not have[name]:
-        raise UserError(f"--device {name}: there is none here; use --device auto")
-    return torch.device(name if name != "auto" else "cuda" if have["cuda"] else "cpu")
-
-
-def keep_freed_memory():
-    """glibc returns freed blocks to the system and faults them in again at the next update, up to a third of its time on a
-    CPU; and while it adjusts its thresholds itself, long runs grow by gigabytes. Fixed thresholds (and a trim at every
-    checkpoint) cure both."""
-    if platform.libc_ver()[0] == "glibc":
-        for option, value in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def descend(opt, loss, inputs=None):
-    """One gradient step."""
-    opt.zero_grad()
-    loss.backward(inputs=inputs)
-    opt.step()
-
-
-def progress(total, desc, unit, initial=0):
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 # --- networks ---
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too. bfloat16 has 8 bits: at 9 m its steps are longer than a step of the ball, at Q = 100 they
-    are half a reward."""
+    """In float32 under autocast, too: bfloat16 steps at 9 m are longer than the ball's, at Q = 100 half a reward."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -397,7 +165,8 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(*sizes):
-    linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]  # first and last in full
+    """ReLU network; its first and last layers stay in float32."""
+    linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]
     layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
 
@@ -424,7 +193,7 @@ class Policy(nn.Module):
 
 
 class QFunctions(nn.Module):
-    """Q_1(s,a) and Q_2(s,a)."""
+    """Q_1(s, a) and Q_2(s, a)."""
 
     def __init__(self, obs_dim, act_dim, hidden):
         super().__init__()
@@ -434,23 +203,29 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (..., O), act (..., A) -> (2, ...)"""
         x = torch.cat([obs, act], -1)
-        rows = x.flatten(0, -2)  # a matrix: on views of more dimensions autograd would copy at every in-place ReLU
+        rows = x.flatten(0, -2)  # a matrix: on more dimensions autograd would copy at every in-place ReLU
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
+
+
+def descend(opt, loss):
+    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    opt.zero_grad()
+    loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
+    opt.step()
 
 
 # --- dynamics model ---
 
 
 class Dynamics(nn.Module):
-    """E Gaussians over reward and change of state, each a network of its own, one tensor operation per layer; sizes, bounds and
-    weight decays from tianheyu927/mopo, mopo/models. A forward model is given s and predicts s', p(s', r | s, a); a reverse
-    model is given s' and predicts s, p(s, r | s', a): `cond` and `pred` stand for the two.
+    """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
+
+    A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
     """
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
-        self.args = args
-        sizes = [obs_dim + act_dim] + 4 * [args.dynamics_hidden] + [2 * (obs_dim + 1)]
+        self.args, sizes = args, [obs_dim + act_dim] + 4 * [args.dynamics_hidden] + [2 * (obs_dim + 1)]
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
         for n, m in zip(sizes, sizes[1:], strict=False):
             w, std = torch.empty(args.ensemble_size, n, m), 0.5 / n**0.5
@@ -460,7 +235,8 @@ class Dynamics(nn.Module):
         self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
         self.register_buffer("mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("std", torch.ones(obs_dim + act_dim))
-        self.register_buffer("elites", torch.arange(args.num_elites))
+        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout rows
+        self.register_buffer("best_epoch", torch.zeros(args.ensemble_size, dtype=torch.long))
 
     def inputs(self, cond, act):
         return (torch.cat([cond, act], -1) - self.mean) / self.std
@@ -479,182 +255,135 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Gaussian negative log-likelihood (doubled, no constant), mean of rows and outputs, summed over members; a pull on the bounds."""
+        """Negative log-likelihood (doubled, no constant), mean of rows and outputs, sum of members (ROMI Eq. 1, 2)."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
-        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
+        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
+
+    @property
+    def elites(self):
+        return self.best_mse.argsort()[: self.args.num_elites]
 
     @torch.no_grad()
     def sample(self, cond, act):
         """pred and r, each row from an elite of its own: (B, O), (B, A) -> (B, O), (B,)"""
-        x = self.inputs(cond, act)
-        chosen = self.elites[torch.randint(len(self.elites), (len(x),), device=x.device)]
+        x, elites = self.inputs(cond, act), self.elites
+        chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
-        for e in self.elites.tolist():
+        for e in elites.tolist():
             rows = (chosen == e).nonzero().squeeze(1)
             mean, logvar = self(x[rows].unsqueeze(0), slice(e, e + 1))
             out[rows] = mean[0] + (0.5 * logvar[0]).exp() * out[rows]
         return cond + out[:, 1:], out[:, 0]
 
+    @torch.no_grad()
+    def keep_best(self, current, mse, epoch):
+        """Take over the members of `current` whose holdout error, mse (E,), is 1 % below their best, and its bounds."""
+        improved = mse < 0.99 * self.best_mse
+        for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
+            kept[improved] = p[improved]
+        self.best_mse[improved], self.best_epoch[improved] = mse[improved], epoch
+        self.max_logvar.copy_(current.max_logvar)
+        self.min_logvar.copy_(current.min_logvar)
+
     def optimizer(self):
         """Adam's own weight decay adds wd W to the gradient: that of the loss term wd/2 |W|^2 in mopo."""
-        groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(self.weight, self.args.dynamics_weight_decay, strict=True)]
+        decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
+        groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
         return torch.optim.Adam(groups, lr=self.args.dynamics_lr, fused=True)
 
 
-def train_dynamics(dynamics, cond, act, rew, pred, args, run):
+def train_dynamics(cond, act, rew, pred, args, run):
     """Maximum likelihood until the holdout error of every member has stopped falling."""
     device, E = cond.device, args.ensemble_size
-    # Split and bootstraps come from a generator of their own: a resumed run draws the same ones again.
-    split = torch.Generator().manual_seed(args.seed)
+    split = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
     order = torch.randperm(len(act), generator=split).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
-    bootstrap = torch.randint(len(train), (E, len(train)), generator=split) if E > 1 else torch.arange(len(train))[None]
-    bootstrap = bootstrap.to(device)
+    N = len(train)
+    bootstrap = (torch.randint(N, (E, N), generator=split) if E > 1 else torch.arange(N)[None]).to(device)
+    current = Dynamics(cond.shape[1], act.shape[1], args).to(device)
     x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
-    dynamics.mean.copy_(mean)
-    dynamics.std.copy_(torch.where(std < 1e-12, 1.0, std))
-    x = dynamics.inputs(cond, act)
-    layers, opt = [*dynamics.weight, *dynamics.bias], dynamics.optimizer()
-    snapshot, best = [p.detach().clone() for p in layers], torch.full((E,), math.inf, device=device)
-    epoch = stale = 0
-    if "dynamics_training" in run.state:
-        saved = run.state["dynamics_training"]
-        dynamics.load_state_dict(run.state["dynamics"])
-        opt.load_state_dict(saved["opt"])
-        snapshot, best = [p.to(device) for p in saved["snapshot"]], saved["best"].to(device)
-        epoch, stale = saved["epoch"], saved["stale"]
-        run.restore_rng()
-
-    @torch.no_grad()
-    def holdout_mse():
-        return (dynamics(x[holdout].expand(E, -1, -1))[0] - y[holdout]).square().mean((1, 2))  # (E,)
-
-    loss_fn = torch.compile(dynamics.loss) if args.compile else dynamics.loss
-    bar = progress(args.dynamics_max_epochs, "dynamics", "epoch", epoch)
-    while stale <= args.dynamics_patience and epoch < (args.dynamics_max_epochs or math.inf):
-        shuffle = torch.stack([torch.randperm(len(train), device=device) for _ in range(E)])
+    current.mean.copy_(mean)
+    current.std.copy_(torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std))  # 1 for constant columns
+    x = current.inputs(cond, act)
+    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
+    loss_fn = torch.compile(current.loss) if args.compile else current.loss
+    for epoch in run.steps("dynamics", args.dynamics_max_epochs, 1, dynamics=dynamics, current=current, opt=opt):
+        if epoch - 1 - dynamics.best_epoch.max() > args.dynamics_patience:
+            break
+        shuffle = torch.stack([torch.randperm(N, device=device) for _ in range(E)])
         rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
-        for idx in rows.split(args.dynamics_batch_size, 1):  # (E, B)
+        for idx in plumbing.bar(rows.split(args.dynamics_batch_size, 1), f"epoch {epoch}"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
             descend(opt, loss)
-        mse = holdout_mse()
-        improved = mse < 0.99 * best  # every member keeps the weights of its own best epoch
-        best = torch.where(improved, mse, best)
-        for kept, p in zip(snapshot, layers, strict=True):
-            kept[improved] = p.detach()[improved]
-        epoch, stale = epoch + 1, 0 if improved.any() else stale + 1
-        run.log(0, {"model/epoch": epoch, "losses/dynamics": loss.detach(), "model/holdout_mse": mse.mean(), "model/best_mse": best.mean()})
-        training = {"opt": opt.state_dict(), "epoch": epoch, "stale": stale, "best": best, "snapshot": snapshot}
-        run.save("dynamics", epoch, dynamics=dynamics.state_dict(), dynamics_training=training)
-        bar.set_postfix(holdout_mse=f"{mse.mean():.4g}", best=f"{best.mean():.4g}")
-        bar.update()
-    bar.close()
-    with torch.no_grad():
-        torch._foreach_copy_(layers, snapshot)  # the bounds of the log-variance stay as they are
-    mse = holdout_mse()
-    dynamics.elites.copy_(mse.argsort()[: args.num_elites])
-    explained = 1 - mse[dynamics.elites].mean() / y[holdout].var(0, unbiased=False).mean()
-    with torch.no_grad():  # the error that the model expects of itself: far above its error, it imagines noise
-        expected = dynamics(x[holdout].expand(E, -1, -1))[1][dynamics.elites].exp().mean()
-    fit = {"elite_mse": mse[dynamics.elites].mean(), "elite_expected_mse": expected, "explained_variance": explained}
-    run.log(0, {"model/epochs": epoch} | {f"model/{k}": v for k, v in fit.items()})
-    error = f"holdout MSE {fit['elite_mse']:.4g}, {100 * explained:.1f} % of the variance explained"
-    print(f"dynamics: {epoch} epochs, elites {dynamics.elites.tolist()}, {error}", file=sys.stderr)
-
-
-def model_key(direction, args, data):
-    """Everything that decides a trained model."""
-    settings = {k: v for k, v in asdict(args).items() if k.startswith(("dynamics_", "ensemble_", "num_elites", "holdout_", "seed"))}
-    settings.pop("dynamics_from")
-    return json.loads(json.dumps(settings | {"direction": direction, "data": data.sha256}))
-
-
-def model_of_another_run(args, key):
-    """State of the model in the folder --dynamics-from: training it here again would take hours and, on the
-    same device with as many threads, give the same bits."""
-    path = Path(args.dynamics_from) / "checkpoint.pt"
-    if not path.is_file():
-        raise UserError(f"--dynamics-from {args.dynamics_from}: no checkpoint.pt there (a run that has its model goes on without the flag)")
-    state = load_checkpoint(path)
-    if "model_key" not in state:
-        raise UserError(f"--dynamics-from {args.dynamics_from}: its model is not trained to the end")
-    theirs = {k: getattr(Args, k) for k in ADDED if k in key} | state["model_key"]
-    if differ := [f"{k} ({theirs.get(k)}, here {key[k]})" for k in sorted(key) if key[k] != theirs.get(k)]:
-        raise UserError(f"--dynamics-from {args.dynamics_from}: its model has another {', '.join(differ)}")
-    return state["dynamics"]
+        with torch.no_grad():
+            mean, logvar = current(x[holdout].expand(E, -1, -1))
+        mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
+        dynamics.keep_best(current, mse, epoch)
+        fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
+        fit |= {"expected_mse": logvar.exp().mean()}  # far above its error, the model imagines noise
+        fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
+        run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
+    return dynamics
 
 
 @torch.no_grad()
-def model_error(dynamics, act, trajectories, horizon):
-    """Root mean squared error of the elites' mean prediction on episodes of the real environment, after one step and after
-    `horizon` steps that follow the recorded actions, over all state dimensions, each in its standard deviation over the data.
-
-    act: obs (B, O) -> the actions (B, A) that made the episodes; trajectories: list of (T+1, O) arrays
-    """
-    device, errors = dynamics.mean.device, {}
-    episodes = [torch.as_tensor(t, dtype=torch.float32) for t in trajectories]
-    acts = [act(e[:-1]).to(device) for e in episodes]  # the policy is deterministic: the same actions again
+def model_error(dynamics, act, episodes, horizon):
+    """Root mean squared error of the elites' mean prediction on real episodes, (T+1, O) each, of the policy `act`:
+    after one step, and after `horizon` with the actions taken. States in their standard deviation over the data."""
+    device, metrics = dynamics.mean.device, {}
     for steps in sorted({1, horizon}):
-        known = [i for i, e in enumerate(episodes) if len(e) > steps]
-        if known:
-            obs = torch.cat([episodes[i][:-steps] for i in known]).to(device)
+        errors = []
+        for truth in (torch.from_numpy(x).to(device) for x in episodes if len(x) > steps):
+            obs, acts = truth[:-steps], act(truth[:-1]).to(device)  # deterministic: the same actions again
             for k in range(steps):
-                a = torch.cat([acts[i][k : len(acts[i]) - steps + 1 + k] for i in known])
-                mean = dynamics(dynamics.inputs(obs, a).expand(len(dynamics.elites), -1, -1), dynamics.elites)[0]
+                x = dynamics.inputs(obs, acts[k : k + len(obs)])
+                mean, _ = dynamics(x.expand(len(dynamics.elites), -1, -1), dynamics.elites)
                 obs = obs + mean.mean(0)[:, 1:]
-            truth = torch.cat([episodes[i][steps:] for i in known]).to(device)
-            errors[f"model/true_error_{steps}"] = ((obs - truth) / dynamics.std[: obs.shape[1]]).square().mean().sqrt()
-    return errors
+            errors.append((obs - truth[steps:]) / dynamics.std[: obs.shape[1]])
+        if errors:
+            metrics[f"model/true_error_{steps}"] = torch.cat(errors).square().mean().sqrt()
+    return metrics
 
 
 # --- rollout ---
 
 
-def termination_fn(task, data):
-    """(obs, act, next_obs) -> (B,) bool, has the MDP ended with this transition? The rules of Gymnasium's v4 robots; with the
-    signature that mopo's have, although none of them looks at more than next_obs."""
-    if task.domain == "antmaze":  # rewarded positions lie within 0.5 of the goal: their middle is the goal, no simulator needed
-        reached = torch.where(data.has_next[:, None], data.next_obs, data.obs)[data.terminated > 0, :2]
-        if not len(reached):
-            raise UserError("--dataset: no row of it ends at the goal, so where imagined episodes end is unknown")
-        goal = (reached.amax(0) + reached.amin(0)) / 2
+def termination_fn(task, data, args):
+    """(obs, act, next_obs) -> (B,) bool: has the MDP ended with this transition? The rules of Gymnasium's v4 robots."""
+    domain = task.domain if args.imagined_ends else "endless"
+    goal = data.goal() if domain == "antmaze" else None
 
     def terminates(obs, act, next_obs):
         height, angle, finite = next_obs[:, 0], next_obs[:, 1], next_obs.isfinite().all(-1)
-        if task.domain == "hopper":
+        if domain == "hopper":
             return ~(finite & (next_obs[:, 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
-        if task.domain == "walker2d":
+        if domain == "walker2d":
             return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
-        if task.domain == "ant":
+        if domain == "ant":
             return ~(finite & (height >= 0.2) & (height <= 1.0))
-        if task.domain == "antmaze":
+        if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
         return torch.zeros_like(finite)  # halfcheetah and maze2d never end
 
+    check_ends(terminates, domain, data)
     return terminates
 
 
-def pack(obs, act, rew, next_obs, terminated):
-    """Transitions as rows of one matrix, so that a batch is one index operation: (B, 2 O + A + 2)"""
-    return torch.cat([obs, act, rew[:, None], next_obs, terminated[:, None].float()], -1)
-
-
-def unpack(rows, obs_dim, act_dim):
-    obs, act, rew, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], -1)
-    return obs, act, rew.squeeze(-1), next_obs, terminated.squeeze(-1)
+def draw(rows, size):
+    """`size` of the rows (N, ...), uniformly, with replacement"""
+    return rows[torch.randint(len(rows), (size,), device=rows.device)]
 
 
 def penalty_of(kind, mean, logvar):
     """u(s, a), the model's uncertainty, from the predictions of all members (E, B, 1+O), reward first: (B,)
 
-    aleatoric      largest norm of the predicted standard deviations, reward included (mopo: penalty_learned_var)
-    pairwise_diff  largest distance of a member's mean next state to the members' mean (mopo without penalty_learned_var;
-                   OfflineRL-Kit's pairwise-diff)
-    ensemble_std   root of the variance of the mean next states over members, averaged over dimensions (OfflineRL-Kit)
+    aleatoric      largest norm of the predicted standard deviations, reward included (code: penalty_learned_var)
+    pairwise_diff  largest distance of a member's mean next state to the members' mean (code: the alternative)
+    ensemble_std   root of the variance of mean next states over members, averaged over dimensions (OfflineRL-Kit)
     """
     if kind == "aleatoric":
         return (0.5 * logvar).exp().norm(dim=-1).amax(0)
@@ -665,32 +394,59 @@ def penalty_of(kind, mean, logvar):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """A rollout of `horizon` steps from `rollout_starts` rows of `starts` (N, O): its M transitions (M, 2 O + A + 2), fewer than
-    horizon x rollout_starts where some end early, and what to log
-    (MOPO Alg. 2, l. 4-10)."""
-    obs = starts[torch.randint(len(starts), (args.rollout_starts,), device=starts.device)]  # l. 5
-    rows, penalties, alive = [], [], []
+    """Rollouts from some of `starts` (N, O) (Alg. 2, l. 4-10). Returns rows (M, 2 O + A + 2), M < horizon x
+    rollout_starts where some end early, and what to log."""
+    obs = draw(starts, args.rollout_starts)  # l. 5
+    rows, penalties = [], []
     for _ in range(args.horizon):
         mean, log_std = policy(obs)
         act, _ = squash(mean, log_std, torch.randn_like(mean))  # l. 7
         next_obs, rew = dynamics.sample(obs, act)  # l. 8: a member of its own for every row
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16 and args.penalty == "aleatoric"):
-            chunks = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in dynamics.inputs(obs, act).split(1_000)]  # caches are small
-        penalty = torch.cat([penalty_of(args.penalty, mean.float(), logvar.float()) for mean, logvar in chunks])
+            chunks = dynamics.inputs(obs, act).split(1_000)  # which fit into a CPU's caches
+            predicted = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in chunks]
+        penalty = torch.cat([penalty_of(args.penalty, mean.float(), logvar.float()) for mean, logvar in predicted])
         terminated = terminates(obs, act, next_obs)
         rows.append(pack(obs, act, rew - args.penalty_coef * penalty, next_obs, terminated))  # l. 9, 10
         penalties.append(penalty)
-        alive.append(len(obs) / args.rollout_starts)
         obs = next_obs[~terminated]  # a rollout that ended stays ended
     rows, penalty = torch.cat(rows), torch.cat(penalties)
-    _, _, penalized, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
-    rew = penalized + args.penalty_coef * penalty  # comparable with the rewards of the data
-    stats = {"reward_min": rew.min(), "reward_max": rew.max(), "reward_mean": rew.mean()}
-    stats["ended_rollouts"] = terminated.sum() / args.rollout_starts
-    stats |= {"alive_at_last_step": alive[-1], "penalized_reward_mean": penalized.mean()}
-    spread = {"mean": penalty.mean(), "max": penalty.max()}
-    spread |= {f"p{p}": penalty.kthvalue(max(1, len(penalty) * p // 100)).values for p in (50, 95)}
-    return rows, {f"model/imagined_{k}": v for k, v in stats.items()} | {f"model/penalty_{k}": v for k, v in spread.items()}
+    _, _, rew, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
+    rew = rew + args.penalty_coef * penalty  # as the model has it, to compare with the data
+    stats = {"imagined_reward_min": rew.min(), "imagined_reward_max": rew.max(), "imagined_reward_mean": rew.mean()}
+    stats |= {"imagined_terminated": terminated.mean()}
+    stats |= {"penalty_mean": penalty.mean(), "penalty_max": penalty.max()}
+    return rows, {f"model/{k}": v for k, v in stats.items()}
+
+
+class ModelBuffer:
+    """The last rollouts (D_model). Its state holds the policies that made them, not their rows: each rollout has a seed
+    of its own, so a resumed run imagines the same rows again."""
+
+    def __init__(self, starts, dynamics, terminates, args):
+        self.starts, self.dynamics, self.terminates, self.args = starts, dynamics, terminates, args
+        self.rollouts = deque(maxlen=args.rollouts_kept)  # step, weights of the policy and rows of each
+
+    def add(self, step, weights):
+        """A rollout of the policy with these weights, a state dict; the oldest makes room. Returns what to log."""
+        obs_dim, device = self.starts.shape[1], self.starts.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the learner's draws stay as they are
+            torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
+            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
+            policy.load_state_dict(weights)
+            rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
+        if not rows.isfinite().all():
+            raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)
+        self.rollouts.append((step, policy.state_dict(), rows))
+        self.rows = torch.cat([rows for _, _, rows in self.rollouts])
+        return stats
+
+    def state_dict(self):
+        return {"rollouts": [(step, weights) for step, weights, _ in self.rollouts]}
+
+    def load_state_dict(self, state):
+        for step, weights in state["rollouts"]:
+            self.add(step, weights)
 
 
 # --- learner ---
@@ -705,15 +461,15 @@ class SAC:
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())
-        self.log_alpha = nn.ParameterDict({"sac": torch.zeros(())}).to(device)  # temperature
+        self.alphas = nn.ParameterDict({"sac": torch.zeros(())}).to(device)  # logarithm of SAC's temperature
         self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         adam = dict(fused=True, capturable=device.type == "cuda")
         self.qf_opt = torch.optim.Adam(self.qf.parameters(), lr=args.qf_lr, **adam)
-        self.policy_opt = torch.optim.Adam(self.policy.parameters(), lr=args.policy_lr, **adam)
-        self.alpha_opt = torch.optim.Adam(self.log_alpha.parameters(), lr=args.policy_lr, **adam)
+        groups = [{"params": list(part.parameters())} for part in (self.policy, self.alphas)]
+        self.policy_opt = torch.optim.Adam(groups, lr=args.policy_lr, **adam)  # the rate of the first group decays
+        self.parts = {k: getattr(self, k) for k in ("policy", "qf", "target_qf", "alphas", "policy_opt", "qf_opt")}
         if args.compile:
-            mode = "reduce-overhead" if device.type == "cuda" else None
-            self.policy_loss, self.critic_loss = (torch.compile(f, mode=mode) for f in (self.policy_loss, self.critic_loss))
+            plumbing.compile_methods(self, "policy_loss", "critic_loss")
 
     def critic_loss(self, obs, act, rew, next_obs, terminated, alpha):
         """TD error of both Q functions against the soft value of the next state (SAC Eq. 5)."""
@@ -723,8 +479,8 @@ class SAC:
             next_q = self.target_qf(next_obs, next_act).amin(0) - alpha * next_log_prob  # (B,)
             target_q = rew + self.args.gamma * (1 - terminated) * next_q
         q = self.qf(obs, act)  # (2, B)
-        loss = (q - target_q).square().mean(1).sum()
-        return loss, {"q/batch": q.detach().mean(), "q/target": target_q.mean()}
+        td_loss = (q - target_q).square().mean(1).sum()
+        return td_loss, {"q/batch": q.detach().mean(), "q/target": target_q.mean()}
 
     def policy_loss(self, obs, alpha):
         """SAC Eq. 7."""
@@ -733,156 +489,164 @@ class SAC:
         return (alpha * log_prob - self.qf(obs, act).amin(0)).mean(), log_prob.detach().mean()
 
     def update(self, obs, act, rew, next_obs, terminated, step):
-        """Q functions, policy, temperature, targets, in this order; returns metrics, which the next update may overwrite."""
-        if self.args.compile:
-            torch.compiler.cudagraph_mark_step_begin()
-        alpha = self.log_alpha["sac"].detach().exp()
-        critic_loss, q_metrics = self.critic_loss(obs, act, rew, next_obs, terminated, alpha)
+        """Q functions, policy with temperature, targets, in this order; returns metrics."""
+        alpha = self.alphas["sac"].detach().exp()
+        critic_loss, metrics = self.critic_loss(obs, act, rew, next_obs, terminated, alpha)
         descend(self.qf_opt, critic_loss)
         if self.args.policy_lr_decay:
-            rate = 0.5 * (1 + math.cos(math.pi * min(1, step / self.args.policy_lr_decay)))
+            rate = 0.5 * (1 + math.cos(math.pi * min(1, (step - 1) / self.args.policy_lr_decay)))
             self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
         policy_loss, log_prob = self.policy_loss(obs, alpha)
-        descend(self.policy_opt, policy_loss, inputs=list(self.policy.parameters()))  # the Q functions get no gradient from it
-        descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob + self.target_entropy))  # SAC Eq. 18, of log alpha: the same sign
-        with torch.no_grad():  # or the targets would join the graph of the online networks, which then grows for ever
+        temperature_loss = -self.alphas["sac"] * (log_prob + self.target_entropy)  # SAC Eq. 18, of log alpha
+        descend(self.policy_opt, policy_loss + temperature_loss)
+        with torch.no_grad():
             torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
-        losses = {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
-        return losses | q_metrics | {"q/entropy": -log_prob, "q/alpha": alpha}
+        metrics |= {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
+        return metrics | {"q/entropy": -log_prob, "q/alpha": alpha}
 
     @torch.no_grad()
     def act(self, obs):
         """obs (B, O) -> deterministic actions (B, A), on the CPU"""
         return self.policy(obs.to(self.device))[0].tanh().cpu()
 
-    PARTS = ("policy", "qf", "target_qf", "log_alpha", "policy_opt", "qf_opt", "alpha_opt")
 
-    def state_dict(self):
-        return {k: getattr(self, k).state_dict() for k in self.PARTS}
+# --- settings and run folder: bookkeeping until main() ---
 
-    def load_state_dict(self, state):
-        for k in self.PARTS:
-            getattr(self, k).load_state_dict(state[k])
-
-
-# --- main ---
+# Flags that change no update: a run may be carried on with other values of them.
+BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
+BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
+# Flags that decide a model, beside data and direction: --dynamics-from takes one for which they are equal.
+MODEL = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
+MODEL |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
 
-def fitted_dynamics(data, args, device, run, key, given):
-    """The forward model: from the checkpoint, from another run, or trained now."""
-    known = data.has_next  # a row without a true successor teaches a model nothing but resets
-    obs, act, rew, next_obs = (x[known].to(device) for x in (data.obs, data.act, data.rew, data.next_obs))
-    cond, pred = obs, next_obs  # forwards
-    torch.manual_seed(4 * args.seed)
-    dynamics = Dynamics(obs.shape[1], act.shape[1], args).to(device)
-    if run.state.get("phase", "dynamics") == "dynamics":
-        dynamics.load_state_dict(given) if given else train_dynamics(dynamics, cond, act, rew, pred, args, run)
-        run.log(0, {"model/data_reward_min": rew.min(), "model/data_reward_max": rew.max()})
-        run.save("policy", 0, dynamics=dynamics.state_dict(), dynamics_training=None, model_key=key)
-    dynamics.load_state_dict(run.state["dynamics"])
-    return dynamics
+def resolve(args, task):
+    """The arguments with the settings of preset and task where the user left None; UserError for what cannot work."""
+    table = SETTINGS[args.preset]
+    row = table[max((k for k in table if task.name.startswith(k)), key=len)]
+    tuned = dict(zip(("horizon", "penalty_coef"), row, strict=True))
+    if args.preset == "v2":
+        tuned |= {"total_updates": 3_000_000, "policy_lr": 1e-4, "policy_lr_decay": 3_000_000}
+    else:
+        tuned |= {"total_updates": 1_000_000, "policy_lr": 3e-4, "policy_lr_decay": 0, "target_entropy": -3.0}
+    args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
+    if 0 < args.policy_lr_decay < args.total_updates:
+        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: then the policy stands still until --total-updates")
+    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)
+    if args.model_ratio > 0 and num_real == args.batch_size:
+        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
+    if args.penalty != "aleatoric" and args.ensemble_size == 1:
+        raise UserError(f"--penalty {args.penalty}: needs members that can disagree; --ensemble-size 1 has one")
+    name = "sac" if args.model_ratio == 0 else "mopo" if args.penalty_coef > 0 else "mbpo"
+    name += "" if args.preset == "v2" else "_v0"
+    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
 
 
-class ModelBuffer:
-    """The last rollouts (D_model). A checkpoint holds the policies that made them, not their rows: each rollout has a seed of
-    its own, so a resumed run (same device, same number of threads) imagines the same rows again."""
+class Run:
+    """The run's folder: settings, log, a checkpoint per phase of training, result. The same command resumes it."""
 
-    def __init__(self, task, data, dynamics, args, device, run):
-        self.starts, self.dynamics, self.args, self.run = data.obs.to(device), dynamics, args, run
-        self.terminates, self.policies, self.lengths = termination_fn(task, data), [], []
-        self.rows = data.obs.new_empty(0, 2 * data.obs.shape[1] + data.act.shape[1] + 2).to(device)
-        for step, policy in run.state.get("rollout_policies", []):
-            self.add(step, {k: v.to(device) for k, v in policy.items()}, again=True)
+    def __init__(self, args, config):
+        """Take up the folder, or make it; UserError if it holds another run. `finished`: nothing is left to do."""
+        self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
+        self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
+        if self.finished:
+            return print(f"{self.folder} is finished; more --total-updates would carry it on")
+        last = max(self.states.values(), key=lambda state: state["worked"], default={"config": config})
+        self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
+        config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = plumbing.open_log(self.folder / "metrics.jsonl", last.get("log_bytes", 0), self.evals)
+        plumbing.write_file(self.folder / "config.json", json.dumps(config, indent=1) + "\n")
+        (self.folder / "result.json").unlink(missing_ok=True)
+        self.wandb = plumbing.start_wandb(args, config, self.folder) if args.track else None
+        at = "".join(f", {state['step']} steps of {phase} done" for phase, state in self.states.items())
+        print(f"{self.folder}: {config['dataset']['transitions']} transitions{at or ', new run'}", file=sys.stderr)
 
-    def add(self, step, weights, again=False):
-        """Rollouts of the policy with these weights (a state dict); the oldest make room."""
-        obs_dim, device, keep = self.starts.shape[1], self.starts.device, self.args.rollouts_kept
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
-            policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
-            policy.load_state_dict(weights)
-            rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
-        if not rows.isfinite().all():  # a single one would make losses NaN, even behind a mask: 0 * inf
-            raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)
-        if not again:
-            self.run.log(step, stats)
-        self.policies = [*self.policies, (step, policy.state_dict())][-keep:]
-        self.lengths = [*self.lengths, len(rows)][-keep:]
-        self.rows = torch.cat([self.rows, rows])[-sum(self.lengths) :]
+    def steps(self, phase, total, every, **parts):
+        """Numbers of the steps of a phase that are left. `parts`, objects with a state dict, are restored before the
+        first, with the random numbers, and saved to <phase>.pt after every so many steps and after the last."""
+        path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
+        if state is None and (other := getattr(self.args, f"{phase}_from", None)):
+            state = plumbing.read_other_run(Path(other), phase, self.config)
+        if state:
+            step = plumbing.restore(state, parts, total, path)
+        self.clock, self.begin = plumbing.Clock(), (step, self.worked)
+        self.mark = self.begin
+        with plumbing.progress(total, phase, "step", step) as self.bar:
+            while step != total:
+                step += 1
+                torch.compiler.cudagraph_mark_step_begin()
+                yield step
+                self.worked += self.clock.lap()
+                self.bar.update()
+                if step % every == 0 or step == total:
+                    facts = {"step": step, "config": self.config, "evals": self.evals, "worked": self.worked}
+                    plumbing.save(path, parts, facts | {"log_bytes": self.metrics.tell()})
 
-    def __call__(self, size):
-        """`size` rows, drawn uniformly: (size, 2 O + A + 2)"""
-        return self.rows[torch.randint(len(self.rows), (size,), device=self.rows.device)]
+    def log(self, update, metrics):
+        """A line of metrics.jsonl; tensors become floats here alone. A loss that is not finite ends the run."""
+        row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        losses = {k.removeprefix("losses/"): v for k, v in row.items() if k.startswith("losses/")}
+        if bad := [k for k, v in losses.items() if not math.isfinite(v)]:
+            raise UserError(f"loss not finite at update {update}: {', '.join(bad)}; see {self.folder}", status=3)
+        if losses and update:
+            self.worked += self.clock.lap()
+            row["charts/SPS"] = (update - self.mark[0]) / max(self.worked - self.mark[1], 1e-9)
+            self.mark = (update, self.worked)
+        self.evals += [row] if "eval/return" in row else []
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in (losses | plumbing.score(self.evals)).items()})
+        plumbing.append(self.metrics, row)
+        plumbing.to_wandb(self, lambda run: run.log(row))
+
+    def finish(self, **more):
+        rate = (self.args.total_updates - self.begin[0]) / max(self.worked - self.begin[1], 1e-9)
+        result = plumbing.summary(self.config, self.args, self.evals, self.worked, rate) | more
+        plumbing.write_file(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        plumbing.to_wandb(self, lambda run: (run.summary.update(result), run.finish()))
+        print(f"{self.folder}: normalized score {result['normalized_score']}, return {result['return_mean']}")
 
 
 def main(args):
     task = parse_task(args.env)
     args = resolve(args, task)
-    device = pick_device(args.device)
+    device = plumbing.start(args)
     data = load_dataset(task, args.dataset)
-    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as the reference code: 12 of 256
+    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as OfflineRL-Kit does
     num_model = args.batch_size - num_real
-    if num_model and data.has_next.sum() < 10:
-        raise UserError(f"--dataset {args.dataset}: too few transitions with a known successor to train a model")
-    key = model_key("forward", args, data)
-    given = model_of_another_run(args, key) if args.dynamics_from and num_model else None
+    terminates = termination_fn(task, data, args) if num_model else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
-    run = Run(args, task, data, device)
+    run = Run(args, plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL))
     if run.finished:
-        return print(f"{run.folder} is finished; more --total-updates would carry it on")
-    torch.set_num_threads(args.num_threads)
-    keep_freed_memory()
-    if args.compile:
-        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-
+        return
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
-    dynamics = fitted_dynamics(data, args, device, run, key, given) if num_model else None  # Alg. 2, l. 1
-    imagined = ModelBuffer(task, data, dynamics, args, device, run) if num_model else None
-    torch.manual_seed(4 * args.seed + 3)  # with and without imagined data the learner starts from the same networks
-    agent, step = SAC(obs_dim, act_dim, args, device), 0
-    if "agent" in run.state:
-        agent.load_state_dict(run.state["agent"])
-        step = run.state["step"]
-        run.restore_rng()
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
 
-    bar, score = progress(args.total_updates, args.exp_name, "update", step), None
-    begin, mark = (step, time.time()), (step, time.time())
-    while step < args.total_updates:
-        batch = rows[torch.randint(len(rows), (num_real,), device=device)]
+    if num_model:  # every phase has a seed of its own: a resumed run imagines the same rows again
+        obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
+        cond, pred = obs, next_obs  # forwards
+        torch.manual_seed(4 * args.seed)
+        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # Alg. 2, l. 1
+        model_buffer = ModelBuffer(data.obs.to(device), dynamics, terminates, args)
+
+    torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
+    agent = SAC(obs_dim, act_dim, args, device)
+    parts = agent.parts | ({"model_buffer": model_buffer} if num_model else {})
+    for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):  # l. 3
+        if num_model and (step - 1) % args.rollout_every == 0:
+            run.log(step - 1, model_buffer.add(step - 1, agent.policy.state_dict()))  # l. 4-10
+        batch = draw(rows, num_real)
         if num_model:
-            if step % args.rollout_every == 0:
-                imagined.add(step, agent.policy.state_dict())
-            batch = torch.cat([batch, imagined(num_model)])  # Alg. 2, l. 11: D_env u D_model; real rows stand first
-        metrics = agent.update(*unpack(batch, obs_dim, act_dim), step)
-        step += 1
-        bar.update()
-        save = step % args.checkpoint_every == 0 or step == args.total_updates
-        if step % args.log_every == 0 or save:
-            sps, mark = (step - mark[0]) / (time.time() - mark[1]), (step, time.time())
-            run.log(step, metrics | {"charts/SPS": sps})
-            shown = {k.removeprefix("losses/"): f"{v:.4g}" for k, v in metrics.items() if k.startswith("losses/")}
-            bar.set_postfix(shown | ({} if score is None else {"score": score}))
+            batch = torch.cat([batch, draw(model_buffer.rows, num_model)])  # l. 11: D_env u D_model
+        metrics = agent.update(*unpack(batch, obs_dim, act_dim), step)  # l. 11: SAC
+        if step % args.log_every == 0 or step == args.total_updates:
+            run.log(step, metrics)
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
-            score = round(run.evaluate(step, envs, agent.act), 1)
+            episodes = []
+            run.log(step, evaluate(task, envs, agent.act, args.seed, args.gamma, run.folder, episodes))
             if num_model:
-                run.log(step, model_error(dynamics, agent.act, run.seen, args.horizon))
-        if save:
-            if not all(p.isfinite().all() for p in (*agent.policy.parameters(), *agent.qf.parameters())):
-                raise UserError(f"weights not finite at update {step}; {run.folder} keeps its last good checkpoint", status=3)
-            run.save("policy", step, agent=agent.state_dict(), **({"rollout_policies": imagined.policies} if num_model else {}))
-    bar.close()
-    trained = step - begin[0]  # in this process; nothing is left where a run was killed just before its end
-    run.finish(step, trained / (time.time() - begin[1]) if trained else step / (run.elapsed + 1e-9))
+                run.log(step, model_error(dynamics, agent.act, episodes, args.horizon))
+    run.finish()
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__.split("\n")[0] + " Equations and symbols: the docstring at the top of the file."))
-    except UserError as e:
-        sys.exit(e.report())
-    except KeyboardInterrupt:
-        tqdm.write("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+    plumbing.run_script(main, Args, __doc__)

@@ -1,30 +1,30 @@
 """D4RL's maze2d data, made on this machine: a planner drives the ball to random targets in one endless trajectory.
 
-Recipe: Farama-Foundation/D4RL, scripts/generation/generate_maze2d_datasets.py and d4rl/pointmaze/waypoint_controller.py.
+Recipe: Farama-Foundation/D4RL, scripts/generation/generate_maze2d_datasets.py, d4rl/pointmaze/waypoint_controller.py.
 
-  1. A target: a free cell, uniform.  2. Value iteration gives a path of cells to it; every waypoint but the last is moved by
-  up to 0.2.  3. action = clip(10 (waypoint - position) - velocity) + N(0, 0.5^2), clipped again.  4. Within 0.1 of the target cell: next.
+  1. A target: a free cell, uniform.
+  2. Value iteration gives a path of cells to it; every waypoint but the last is moved by up to 0.2.
+  3. action = clip(10 (waypoint - position) - velocity) + N(0, 0.5^2), clipped again.
+  4. Within 0.1 of the target cell: the next target.
 
-    python datasets/maze2d.py --maze umaze                    # 1 000 000 steps, both rewards, about half a minute
-    python datasets/maze2d.py --maze umaze --expert           # demonstrations: real episodes to the task's goal, no noise
-    python datasets/maze2d.py --maze umaze --minari           # also as a Minari data set: --env rewind/maze2d/umaze-v0
+    python datasets/maze2d.py --maze umaze               # 1 000 000 steps, both rewards, about half a minute
+    python datasets/maze2d.py --maze umaze --expert      # demonstrations: real episodes to the task's goal, no noise
+    python datasets/maze2d.py --maze umaze --minari      # also as a Minari data set: --env rewind/maze2d/umaze-v0
     python algorithms/romi_bcq.py --env maze2d-umaze --dataset generated
 
-Written as HDF5 in D4RL layout, sparse and dense reward, with a .json beside each that holds recipe, versions and sha256; with
---minari also as Minari data sets rewind/maze2d/<maze>[-dense][-expert]-v0, an episode per segment.
-`timeouts` mark the rows at which a target was reached, as in D4RL's files; the motion goes on across them.
+Written as HDF5 in D4RL layout, sparse and dense reward, each with a .json that holds recipe, versions and sha256; with
+--minari also as Minari data sets rewind/maze2d/<maze>[-dense][-expert]-v0, an episode per segment. `timeouts` mark the
+rows at which a target was reached, as in D4RL's files; the motion goes on across them. Rewards are those of the row's
+own position, as there; the environment pays for the position after the step (--reward-timing next writes those).
 
-Rewards are those of the row's own position, as in D4RL's files; the environment pays for the position after the step, one row
-later (--reward-timing next writes those).
+D4RL's script goes on with a stale observation for a step after each reached target: the first row of a segment repeats
+the observation before it, its action was computed from that, and its transition spans two steps (1.1 % of the rows of
+umaze). So does this script, as the papers' data have it; --repaired makes data without it, named ..._repaired.
 
-D4RL's script goes on with a stale observation for one step after each reached target: the first row of a segment repeats the
-observation before it, its action was computed from that, and its transition spans two steps (1.1 % of umaze's rows). So does this
-script, since the papers' data have it; --repaired makes the data without it, under names that end in _repaired.
-
-Differences from D4RL's script: the planner starts from the nearest free cell, which is the rounded position wherever that is free;
-its second condition for a waypoint to count as reached, a step shorter than 0.1, always holds (speeds end at 5.2 m/s) and is left out;
-infos/goal is the cell that is driven to, without D4RL's shift by up to 0.1, which does not enter the motion; infos/qpos and
-infos/qvel, the two halves of an observation, are not written.
+Differences from D4RL's script: the planner starts from the nearest free cell, which is the rounded position wherever
+that is free; the second condition for a reached waypoint, a step shorter than 0.1, always holds and is left out;
+infos/goal is the cell that is driven to, without D4RL's shift by up to 0.1, which does not enter the motion; infos/qpos
+and infos/qvel, the two halves of an observation, are not written.
 """
 
 import functools
@@ -41,11 +41,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, no
 import h5py
 import mujoco
 import numpy as np
-import tyro
+from pydantic import PositiveInt
 from tqdm import tqdm
 
-from maze2d_env import MAX_STEPS, Maze2d, free_cells, goal_cell
-from utils import GENERATED, REFERENCE, UserError, file_sha256, write_minari
+import plumbing
+from envs.maze2d import MAX_STEPS, Maze2d, free_cells, goal_cell
+from plumbing import NonNegative, Seed, UserError
+from utils import GENERATED, REFERENCE, file_sha256, write_minari
 
 STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
 
@@ -53,19 +55,19 @@ STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
 @dataclass
 class Args:
     maze: Literal["umaze", "medium", "large"] = "umaze"
-    steps: int | None = None  # None: as D4RL, 1, 2 or 4 million; with --expert 100 episodes
-    seed: int = 0
-    noise: float | None = None  # standard deviation of the action noise; None: 0.5, with --expert 0
+    steps: PositiveInt | None = None  # None: as D4RL, 1, 2 or 4 million; with --expert 100 episodes
+    seed: Seed = 0
+    noise: NonNegative | None = None  # standard deviation of the action noise; None: 0.5, with --expert 0
     repaired: bool = False  # without the stale observation that follows a reached target in D4RL's script
     expert: bool = False  # demonstrations: a reset and a new planner per episode, the task's goal, full length
-    reward_timing: Literal["same", "next"] | None = None  # position that is rewarded; None: the row's own, with --expert the next
+    reward_timing: Literal["same", "next"] | None = None  # which position pays; None: same, or next with --expert
     minari: bool = False  # also write Minari data sets
-    out: Path = GENERATED
+    out: Path = GENERATED  # $REWIND_DATASETS or ~/.rewind/datasets
     overwrite: bool = False  # replace files that were made with other settings
 
 
 class Planner:
-    """Waypoints from tabular value iteration on the cells, followed by a PD controller (D4RL, waypoint_controller.py)."""
+    """Waypoints from tabular value iteration on the cells, followed by a PD controller (waypoint_controller.py)."""
 
     MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # ties go to the first
 
@@ -79,7 +81,8 @@ class Planner:
     @functools.cache  # noqa: B019 - a planner lives as long as its run
     def policy(self, target):
         """cell -> next cell, greedy after 50 sweeps of value iteration with discount 0.99 and reward 1 at the target"""
-        neighbours = {c: [n if (n := (c[0] + i, c[1] + j)) in self.cells else c for i, j in self.MOVES] for c in self.cells}
+        moved = {c: [(c[0] + i, c[1] + j) for i, j in self.MOVES] for c in self.cells}
+        neighbours = {c: [n if n in self.cells else c for n in moved[c]] for c in self.cells}
         value = dict.fromkeys(self.cells, 0.0)
         for _ in range(50):
             value = {c: (c == target) + 0.99 * max(value[n] for n in neighbours[c]) for c in self.cells}
@@ -106,9 +109,9 @@ class Planner:
 
 
 def trajectory(maze, steps, seed, noise, repaired=False):
-    """One endless trajectory between random targets: arrays obs, next_obs (N, 4), act (N, 2), ends (N,), targets (N, 2).
+    """One endless trajectory: arrays obs, next_obs (N, 4), act (N, 2), ends (N,), targets (N, 2).
 
-    next_obs is where the ball is after the row's step; obs of the row after an end is stale, as D4RL's script has it, or repaired.
+    next_obs is where the ball is after the row's step; obs of the row after an end is stale, as in D4RL, or repaired.
     """
     rng, env = np.random.default_rng(seed), Maze2d(maze)
     planner, cells = Planner(maze, rng), free_cells(maze)
@@ -150,62 +153,65 @@ def expert(maze, episodes, seed, noise, starts=None):
 
 
 def main(args):
+    args = plumbing.validate(args)
     noise = args.noise if args.noise is not None else 0.0 if args.expert else 0.5
     timing = args.reward_timing or ("next" if args.expert else "same")
-    steps = args.steps if args.steps is not None else 100 * MAX_STEPS[args.maze] if args.expert else STEPS[args.maze]
-    if steps < 1 or noise < 0:
-        raise UserError(f"--steps {steps}, --noise {noise}: steps must be positive, noise at least 0")
+    steps = args.steps or (100 * MAX_STEPS[args.maze] if args.expert else STEPS[args.maze])
     suffix = "_expert" if args.expert else "_repaired" * args.repaired
     paths = [args.out / f"maze2d_{args.maze}{dense}{suffix}.hdf5" for dense in ("", "_dense")]
     settings = {"steps": steps, "seed": args.seed, "noise": noise, "reward_timing": timing}
     settings |= {} if args.expert else {"repaired": args.repaired}
     for path in () if args.overwrite else paths:  # training would go on with other data under the same name
         if path.exists() and path.with_suffix(".json").exists():
-            there = json.loads(path.with_suffix(".json").read_text())
+            there = plumbing.read_json(path.with_suffix(".json"))
             differ = [f"{k} ({there[k]} there, here {v})" for k, v in settings.items() if k in there and there[k] != v]
             if "steps" not in there and there["transitions"] > steps:  # made before steps were recorded
                 differ.append(f"steps ({there['transitions']} rows there, here {steps})")
             if differ:
-                raise UserError(f"{path} was made with other {', '.join(differ)}; give another --out, or --overwrite to replace it")
+                how = "give another --out, or --overwrite to replace it"
+                raise UserError(f"{path} was made with other {', '.join(differ)}; {how}")
     if args.expert:
-        episodes = -(-steps // MAX_STEPS[args.maze])
-        obs, act = expert(args.maze, episodes, args.seed, noise)
+        T = MAX_STEPS[args.maze]
+        obs, act = expert(args.maze, -(-steps // T), args.seed, noise)
         before, after, act = obs[:, :-1].reshape(-1, 4), obs[:, 1:].reshape(-1, 4), act.reshape(-1, 2)
-        ends, targets = np.arange(1, len(act) + 1) % MAX_STEPS[args.maze] == 0, np.tile(goal_cell(args.maze), (len(act), 1))
+        ends, targets = np.arange(1, len(act) + 1) % T == 0, np.tile(goal_cell(args.maze), (len(act), 1))
     else:
         before, after, act, ends, targets = trajectory(args.maze, steps, args.seed, noise, args.repaired)
+    facts = {"recipe": "expert planner" if args.expert else "planner to random targets"} | settings
+    facts |= {"transitions": len(act), "segments": int(ends.sum())}
+    facts |= {"stale_rows": int((before[1:] == before[:-1]).all(1).sum())}
+    facts |= {
+        "versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}
+    }
+    facts |= {"args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
     args.out.mkdir(parents=True, exist_ok=True)
-    for dense in (False, True):
+    for path, dense in zip(paths, (False, True), strict=True):
         rewards = Maze2d(args.maze, dense).reward((before if timing == "same" else after)[:, :2])
-        path = paths[dense]
-        part = path.with_suffix(f".{os.getpid()}.part")
+        arrays = {"observations": before.astype("f4"), "actions": act, "rewards": rewards.astype("f4")}
+        arrays |= {"terminals": np.zeros(len(act), bool), "timeouts": ends, "infos/goal": targets.astype("f4")}
+        successors = {"next_observations": after.astype("f4")}
+        write(path, arrays | (successors if args.expert else {}), facts | {"reward_mean": float(rewards.mean())})
+        if args.minari:  # with successors, as the motion goes on across its ends
+            kind, script = f"{args.maze}{'-dense' * dense}", "datasets/maze2d.py"
+            id, env = f"rewind/maze2d/{kind}{suffix.replace('_', '-')}-v0", f"Rewind/Maze2d-{kind}-v1"
+            write_minari(id, arrays | successors, env, REFERENCE[f"maze2d-{kind}"], "planner", script, facts)
+
+
+def write(path, arrays, facts):
+    """HDF5 and the sheet of facts beside it; a file is replaced only by one that is complete."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
         with h5py.File(part, "w") as f:
-            arrays = {"observations": before.astype("f4"), "actions": act, "rewards": rewards.astype("f4")}
-            arrays |= {"terminals": np.zeros(len(act), bool), "timeouts": ends, "infos/goal": targets.astype("f4")}
-            if args.expert:  # the last state of an episode is known; on the endless trajectory D4RL's files have no successors
-                arrays["next_observations"] = after.astype("f4")
             for k, v in arrays.items():
                 f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
-        meta = {"recipe": "expert planner" if args.expert else "planner to random targets"} | settings
-        meta |= {"transitions": len(act), "segments": int(ends.sum()), "reward_mean": float(rewards.mean())}
-        meta |= {"stale_rows": int((before[1:] == before[:-1]).all(1).sum())}
-        meta |= {"versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}}
-        meta |= {"sha256": file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
-        if args.minari:
-            kind, full = f"{args.maze}{'-dense' * dense}", arrays | {"next_observations": after.astype("f4")}  # the motion goes on
-            env, script = f"Rewind/Maze2d-{kind}-v1", "datasets/maze2d.py"
-            name = f"rewind/maze2d/{kind}{suffix.replace('_', '-')}-v0"
-            write_minari(name, full, env, REFERENCE[f"maze2d-{kind}"], "planner", script, meta)
+        facts |= {"sha256": file_sha256(part)}
         os.replace(part, path)
-        path.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
-        print(f"{path}: {len(act)} transitions, {ends.sum()} segments, mean reward {rewards.mean():.4f}", file=sys.stderr)
+    finally:
+        part.unlink(missing_ok=True)
+    plumbing.write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+    of = f"{facts['transitions']} transitions, {facts['segments']} segments"
+    print(f"{path}: {of}, mean reward {facts['reward_mean']:.4f}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__.split("\n")[0]))
-    except UserError as e:
-        sys.exit(e.report())
-    except KeyboardInterrupt:
-        print("interrupted; a file is replaced only by one that is complete", file=sys.stderr)
-        sys.exit(130)
+    plumbing.run_script(main, Args, __doc__)

@@ -3,14 +3,15 @@
     import gymnasium, envs.maze2d    # the import registers Rewind/Maze2d-{umaze,medium,large}[-dense]-v1
     env = gymnasium.make("Rewind/Maze2d-umaze-v1", render_mode="rgb_array")
 
-The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections without
-which wall contact differs on today's MuJoCo. In free motion a step is, to 1e-15, the closed form
+The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections
+without which wall contact differs on today's MuJoCo. In free motion a step is, to 1e-15, the closed form
 
     c = clip(v, -5, 5),   v' = c + h (f a - d c) / (m + h d),   x' = x + h v'
     h = 0.01 s, f = 100 N, d = 1 N s/m (damping), m = 4.18879 kg
 
-Observation: x (row direction), y (column direction) in m, their velocities in m/s; the middle of cell (i, j) is the observation
-(i - 0.2, j - 0.2). The task never terminates. Reward of the state after the step: 1 within 0.5 of the goal, or exp(-distance).
+Observation: x (row direction), y (column direction) in m, their velocities in m/s; the middle of cell (i, j) is at
+(i - 0.2, j - 0.2). The task never terminates. Reward of the state after the step: 1 within 0.5 of the goal, or
+exp(-distance).
 """
 
 import gymnasium
@@ -142,10 +143,8 @@ def top_view(maze, scale):
             if cell == "#":
                 draw.rectangle([scale * j, scale * i, scale * (j + 1) - 1, scale * (i + 1) - 1], "gray")
 
-    def place(position):
-        return scale * (position[1] + 0.7), scale * (
-            position[0] + 0.7
-        )  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
+    def place(position):  # the middle of cell (i, j) is the position (i - 0.2, j - 0.2)
+        return scale * (position[1] + 0.7), scale * (position[0] + 0.7)
 
     y, x = place(goal_cell(maze))
     draw.ellipse([y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], "palegreen")
@@ -162,18 +161,13 @@ def view_trajectories(maze, trajectories, scale=80):
             colour = (round(255 * share), 0, round(255 * (1 - share)))
             draw.line([place(states[t]), place(states[t + 1])], colour, width=max(1, scale // 80))
     y, x = place(goal_cell(maze))
-    draw.ellipse(
-        [y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2], outline="green", width=scale // 40
-    )  # seen under any crowd
+    goal = [y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2]
+    draw.ellipse(goal, outline="green", width=scale // 40)  # seen under any crowd
     return image
 
 
-def draw_trajectories(maze, trajectories, path):
-    view_trajectories(maze, trajectories).save(path, "PNG")
-
-
 def view_states(maze, groups, scale=60):
-    """Top views side by side, one per entry of `groups`, name -> states (N, 4), each with its name and a dot per state."""
+    """Top views side by side, one per entry of `groups`, name -> states (N, 4), with a dot per state."""
     from PIL import Image
 
     views = []
@@ -190,28 +184,23 @@ def view_states(maze, groups, scale=60):
 
 
 def wall_distance(maze, begin, end):
-    """Distance in m from the ball's centre to the nearest wall, the least on the straight way between observed positions
-    begin and end, (C, 2) each: (C,). 0 where the way enters a wall or leaves the maze; a ball touches a wall below its radius, 0.1.
+    """Distance in m from the ball's centre to the nearest wall, the least on the straight way between positions begin
+    and end, (C, 2) each: (C,). 0 where the way enters a wall or leaves the maze; a ball touches below its radius, 0.1.
 
-    A way and a block that do not meet are nearest to each other at an end of the way or at a corner of the block.
+    A way and a block that do not meet are nearest at an end of the way or at a corner of the block.
     """
     begin, end = np.asarray(begin, float), np.asarray(end, float)
     lines, way = MAZES[maze], end - begin
     slope, length = np.where(way == 0, 1e-30, way), np.maximum((way**2).sum(1), 1e-30)
     least = np.full(len(begin), np.inf)
     for i, j in ((i, j) for i, line in enumerate(lines) for j, cell in enumerate(line) if cell == "#"):
-        low, high = (
-            np.array([i - 0.7, j - 0.7]),
-            np.array([i + 0.3, j + 0.3]),
-        )  # the middle of cell (i, j) is (i - 0.2, j - 0.2)
+        low, high = np.array([i, j]) - 0.7, np.array([i, j]) + 0.3  # the middle of the cell is at (i - 0.2, j - 0.2)
         for p in (begin, end):
             least = np.minimum(least, np.linalg.norm(np.maximum(0, np.maximum(low - p, p - high)), axis=1))
         for corner in (low, high, [low[0], high[1]], [high[0], low[1]]):
             share = np.clip(((corner - begin) * way).sum(1) / length, 0, 1)[:, None]
             least = np.minimum(least, np.linalg.norm(begin + share * way - corner, axis=1))
-        bounds = np.sort(
-            [(low - begin) / slope, (high - begin) / slope], axis=0
-        )  # (2, C, 2): shares of the way within each strip
+        bounds = np.sort([(low - begin) / slope, (high - begin) / slope], axis=0)  # (2, C, 2): way within each strip
         enter, leave = bounds[0].max(1), bounds[1].min(1)
         least[(enter <= leave) & (enter <= 1) & (leave >= 0)] = 0
     top = np.array([len(lines), len(lines[0])]) - 0.7
@@ -222,8 +211,8 @@ def wall_distance(maze, begin, end):
 def replay_error(maze, obs, act, next_obs):
     """Replay imagined chains in the true simulator: obs, next_obs (C, h, 4), act (C, h, 2) in forward time.
 
-    Returns the mean distances between where a chain says it leads and where its actions lead from its first state, in the
-    observation's four dimensions: after one step (mean over all steps, each from its own imagined state), and after all h.
+    Returns the mean distances, in the observation's four dimensions, between where a chain says it leads and where its
+    actions lead: after one step (mean over all steps, each from its own imagined state), and after all h.
     """
     env, one, all_steps = Maze2d(maze), [], []
     for o, a, n in zip(obs, act, next_obs, strict=True):

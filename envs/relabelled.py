@@ -5,16 +5,16 @@ import numpy as np
 
 
 def relabelled_reward(kind, act, next_obs):
-    """Reward of the tasks that MOPO made from the data of an agent running forward; act (..., A), next_obs (..., O) -> (...).
+    """Reward of the tasks that MOPO made of a running agent's data; act (..., A), next_obs (..., O) -> (...).
 
     run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, which the agent was trained on who made the data of jump
     jump  (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2 (z: height above the nominal pose)
     angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
 
-    Speed limit, factor and costs: gwthomas/force, env/mujoco (the repository of one of MOPO's authors); direction: MOPO's slides.
-    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; z counts from the nominal
-    pose (there: from the height at the episode's reset, which an observation does not hold and which moves returns by some 900);
-    the ant is paid 1 for every step alive, as it is in Ant-v4, and pays nothing for contacts (sources differ).
+    Speed limit, factor and costs: gwthomas/force, env/mujoco (by one of MOPO's authors); direction: MOPO's slides.
+    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; z counts from the
+    nominal pose (there from the height at the episode's reset, which an observation does not hold; it moves returns by
+    some 900); the ant is paid 1 for every step alive, as in Ant-v4, and pays nothing for contacts (sources differ).
     """
     cost = (act**2).sum(-1)
     if kind in ("run", "jump"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; without it every missing Minari id costs 23 s
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import utils
 
@@ -28,10 +28,9 @@ def own_folders(tmp_path_factory, monkeypatch):
     return home
 
 
-@pytest.fixture(scope="session")
-def collector():
-    """datasets/mujoco.py; not imported by name, because its name is that of a package it needs."""
-    spec = importlib.util.spec_from_file_location("rewind_collector", ROOT / "datasets" / "mujoco.py")
+def load_script(name):
+    """datasets/<name>.py; not imported by name, because that may be the name of a package it needs."""
+    spec = importlib.util.spec_from_file_location(f"rewind_{name}", ROOT / "datasets" / f"{name}.py")
     module, path = importlib.util.module_from_spec(spec), sys.path[:]
     sys.modules[spec.name] = module
     try:
@@ -39,3 +38,8 @@ def collector():
     finally:
         sys.path[:] = path
     return module
+
+
+@pytest.fixture(scope="session")
+def collector():
+    return load_script("mujoco")

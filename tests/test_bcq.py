@@ -1,5 +1,6 @@
 """Facts about ROMI-BCQ and FOMI-BCQ: BCQ's targets and losses by hand, and the direction of time in imagined chains."""
 
+import json
 from dataclasses import replace
 
 import fomi_bcq
@@ -7,17 +8,18 @@ import pytest
 import romi_bcq
 import torch
 
-from utils import Dataset, parse_task
+import utils
+from utils import Dataset, pack, parse_task, unpack
 
 CPU = torch.device("cpu")
-ARGS = romi_bcq.Args(
-    exp_name="test", dynamics_hidden=32, hidden=(16, 16), vae_hidden=32, bcq_samples=4, eval_samples=8, batch_size=20, model_ratio=0.7,
-    horizon=3, rollout_policy="uniform", model_buffer_size=1000, rollout_batch_size=100, lr=1e-2, phi=0.05,
-)  # fmt: skip
+ARGS = romi_bcq.Args(dynamics_hidden=32, hidden=(16, 16), vae_hidden=32, bcq_samples=4, eval_samples=8, batch_size=20)
+ARGS = replace(ARGS, horizon=3, model_ratio=0.7, rollout_policy="uniform", rollout_batch_size=100, lr=1e-2)
+BOTH = pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
@@ -30,7 +32,8 @@ def agent():
 
 
 def batch(n=3, terminated=0.0):
-    return torch.randn(n, 4), 2 * torch.rand(n, 2) - 1, torch.randn(n), torch.randn(n, 4), torch.full((n,), terminated)
+    act, ends = 2 * torch.rand(n, 2) - 1, torch.full((n,), terminated)
+    return torch.randn(n, 4), act, torch.randn(n), torch.randn(n, 4), ends
 
 
 def test_soft_clipped_value_by_hand():
@@ -78,43 +81,31 @@ def test_perturbation_follows_q1_of_one_generated_action_per_state(agent):
     torch.manual_seed(1)
     loss = agent.perturb_loss(obs)
     torch.manual_seed(1)
-    torch.testing.assert_close(loss, -agent.qf.q1(torch.cat([obs, agent.perturb(obs, agent.vae.sample(obs))], 1)).mean())
+    act = agent.perturb(obs, agent.vae.sample(obs))
+    torch.testing.assert_close(loss, -agent.qf.q1(torch.cat([obs, act], 1)).mean())
     loss.backward()
     untouched = [*agent.vae.parameters(), *agent.qf.q2.parameters()]
     assert all(p.grad is None or not p.grad.any() for p in untouched) and agent.perturb.net[0].weight.grad.any()
 
 
-def test_every_optimizer_moves_its_own_parameters(agent):
-    names = ("vae", "perturb", "qf")
-    for frozen in names:
-        agent = romi_bcq.BCQ(4, 2, ARGS, CPU)
-        for group in getattr(agent, f"{frozen}_opt").param_groups:
-            group["lr"] = 0.0
-        before = {k: [p.detach().clone() for p in getattr(agent, k).parameters()] for k in names}
-        agent.update(*batch())
-        moved = {k for k in names if any(not a.equal(b) for a, b in zip(before[k], getattr(agent, k).parameters(), strict=True))}
-        assert moved == set(names) - {frozen}
+@pytest.mark.parametrize("frozen", ["vae", "perturb", "qf"])
+def test_every_optimizer_moves_its_own_parameters(agent, frozen):
+    def parameters():
+        return {k: [p.detach().clone() for p in getattr(agent, k).parameters()] for k in ("vae", "perturb", "qf")}
 
-
-def test_generator_learns_from_the_whole_batch(agent):
-    """In ROMI-BCQ it imitates imagined actions too: both halves of a batch change its gradient."""
-    obs, act, *_ = batch(10)
-    grads = []
-    for change in (slice(0, 0), slice(0, 5), slice(5, 10)):
-        other = act.clone()
-        other[change] *= -1
-        torch.manual_seed(1)
-        agent.vae.zero_grad()
-        agent.vae_loss(obs, other).backward()
-        grads.append(agent.vae.decoder[-1].weight.grad.clone())
-    assert not grads[0].equal(grads[1]) and not grads[0].equal(grads[2])
+    getattr(agent, f"{frozen}_opt").param_groups[0]["lr"] = 0.0
+    before = parameters()
+    agent.update(*batch())
+    stayed = {k for k, v in parameters().items() if all(a.equal(b) for a, b in zip(v, before[k], strict=True))}
+    assert stayed == {frozen}
 
 
 def test_targets_follow_slowly(agent):
-    before = [p.clone() for p in [*agent.target_qf.parameters(), *agent.target_perturb.parameters()]]
+    targets = [*agent.target_qf.parameters(), *agent.target_perturb.parameters()]
+    before = [p.clone() for p in targets]
     agent.update(*batch())
     online = [*agent.qf.parameters(), *agent.perturb.parameters()]
-    for old, new, target in zip(before, online, [*agent.target_qf.parameters(), *agent.target_perturb.parameters()], strict=True):
+    for old, new, target in zip(before, online, targets, strict=True):
         torch.testing.assert_close(target, old + 0.005 * (new.detach() - old))
 
 
@@ -130,10 +121,11 @@ def test_acting_takes_the_best_of_many_actions_for_each_state(agent):
         torch.testing.assert_close(act[i], candidates[i, q.argmax()])
 
 
-def test_bfloat16_is_close_update_after_update(agent):
+def test_bfloat16_is_close_update_after_update():
     """With a large step size, so that a stale bfloat16 copy of a network's weights would show."""
     full, half = (romi_bcq.BCQ(4, 2, replace(ARGS, bf16=bf16, lr=0.01, tau=0.5), CPU) for bf16 in (False, True))
-    half.load_state_dict(full.state_dict())
+    for name, part in half.parts.items():
+        part.load_state_dict(full.parts[name].state_dict())
     rows = batch(64)
     for _ in range(5):
         out = []
@@ -142,22 +134,21 @@ def test_bfloat16_is_close_update_after_update(agent):
             out.append(torch.stack(list(a.update(*rows).values())))
         torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
         assert (out[0] != out[1]).any() and out[1].dtype == torch.float32
-    half.load_state_dict(full.state_dict())
-    obs, act = rows[:2]
+    half.qf.load_state_dict(full.qf.state_dict())
     with half.autocast():
-        q = half.qf(obs, act)
+        q = half.qf(*rows[:2])
     assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
-    x = torch.tensor([[9.0, 9.0], [9.01, 9.01]])  # a centimetre apart, at the goal of the large maze: one point in bfloat16
+    torch.testing.assert_close(q, full.qf(*rows[:2]), rtol=0.02, atol=0.02)
+    x = torch.tensor([[9.0, 9.0], [9.01, 9.01]])  # at the goal of the large maze: one point in bfloat16
     net = romi_bcq.mlp(2, 8, 8, 1)
     with half.autocast():
         first, hidden, last = net[0](x), net[2](net[0](x)), net[4](x.repeat(1, 4))
     assert (first[0] != first[1]).all()  # nor is the first
     assert [y.dtype for y in (first, hidden, last)] == [torch.float32, torch.bfloat16, torch.float32]
-    torch.testing.assert_close(q, full.qf(obs, act), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
-def test_update_trains_the_generator_on_real_and_imagined_rows(m):
+@BOTH
+def test_update_trains_the_generator_on_the_whole_batch_of_real_and_imagined_rows(m):
     agent, seen, rows = m.BCQ(4, 2, ARGS, CPU), [], batch(10)
     plain = agent.vae_loss
     agent.vae_loss = lambda obs, act: seen.append((obs, act)) or plain(obs, act)
@@ -165,7 +156,7 @@ def test_update_trains_the_generator_on_real_and_imagined_rows(m):
     assert len(seen) == 1 and seen[0][0].equal(rows[0]) and seen[0][1].equal(rows[1])
 
 
-@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+@BOTH
 def test_settings_of_the_tasks_and_defaults(m):
     """wenzhe-li/romi: train_bcq.py; BCQ: sfujim/BCQ."""
 
@@ -180,142 +171,138 @@ def test_settings_of_the_tasks_and_defaults(m):
     assert settings("hopper-medium-replay") == (5, 0.1, "uniform", True, True)
     for robot in ("halfcheetah", "walker2d", "ant"):
         assert settings(f"{robot}-medium") == (1, 0.1, "cvae", True, True)
-    budgets = dict(total_updates=1_000_000, model_buffer_size=4_000_000, rollout_policy_updates=500_000, batch_size=100)
-    model = dict(ensemble_size=7, num_elites=5, dynamics_hidden=200, dynamics_batch_size=256, dynamics_lr=1e-3, dynamics_max_epochs=None)
-    bcq = dict(gamma=0.99, tau=0.005, lr=1e-3, lmbda=0.75, phi=0.05, bcq_samples=10, eval_samples=100, hidden=(400, 300), vae_hidden=750)
-    vae = dict(kl_weight=0.5, latent_clip=0.5, clip_rewards=False)
-    for name, value in (budgets | model | bcq | vae).items():
+    budgets = dict(total_updates=1_000_000, model_buffer_size=4_000_000, rollout_policy_updates=500_000)
+    model = dict(ensemble_size=7, num_elites=5, dynamics_hidden=200, dynamics_batch_size=256, dynamics_lr=1e-3)
+    model |= dict(dynamics_max_epochs=None, vae_hidden=750, kl_weight=0.5, latent_clip=0.5)
+    bcq = dict(batch_size=100, gamma=0.99, tau=0.005, lr=1e-3, lmbda=0.75, phi=0.05, hidden=(400, 300))
+    bcq |= dict(bcq_samples=10, eval_samples=100)
+    for name, value in (budgets | model | bcq).items():
         assert getattr(m.Args(), name) == value, name
 
 
 # --- imagination ---
 
 
-class Log:
-    def __init__(self):
-        self.state, self.logged, self.drawn = {}, {}, {}
-
-    def log(self, update, metrics):
-        self.logged |= metrics
-
-    def draw(self, name, trajectories):
-        self.drawn[name] = trajectories
-
-    def save(self, phase, step, **parts):
-        self.state |= parts | {"phase": phase}
+class Stop(Exception):
+    pass
 
 
-def imagined_data(m, task, data, monkeypatch, imagine, **changes):
-    """imagined_data with an untrained model and an imagination of the test's own -> its log"""
-    monkeypatch.setattr(m, "train_dynamics", lambda *_: None)
-    monkeypatch.setattr(m, "imagine", imagine)
-    run, args = Log(), replace(m.Args(), dynamics_hidden=8, vae_hidden=8, rbc_hidden=8, rollout_policy_updates=3, **changes)
-    m.imagined_data(parse_task(task), data, replace(args, horizon=args.horizon or 3), CPU, run, {}, None)
-    return run
+def run_main(m, data, monkeypatch, tmp_path, **changes):
+    """main() on the given data, without evaluations"""
+    changes = {"env": "halfcheetah-medium", "priority_rollout": False, "priority_policy": False} | changes
+    args = replace(m.Args(), run_dir=str(tmp_path), num_threads=1, eval_episodes=0, dynamics_hidden=32, **changes)
+    monkeypatch.setattr(m, "load_dataset", lambda task, source: data)
+    m.main(replace(args, vae_hidden=8, rbc_hidden=8, hidden=(8, 8), horizon=3, rollout_batch_size=100))
 
 
-@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
+def data_of(obs, act, rew, next_obs, has_next=None, trajectory=None):
+    n = len(obs)
+    has_next = torch.ones(n, dtype=torch.bool) if has_next is None else has_next
+    trajectory = torch.arange(n) if trajectory is None else trajectory
+    return Dataset(obs, act, rew, next_obs, torch.zeros(n), has_next, trajectory)
+
+
+@BOTH
 @pytest.mark.parametrize("policy", ["cvae", "rbc", "uniform"])
 @pytest.mark.parametrize("priority", [True, False])
-def test_rollout_policy_and_start_states_are_those_asked_for(m, policy, priority, monkeypatch):
+def test_rollout_policy_and_start_states_are_those_asked_for(m, policy, priority, monkeypatch, tmp_path):
+    """And rows without a successor teach the models nothing."""
     n, trajectory = 200, torch.arange(200) // 100  # the first trajectory earns nothing, the second something
-    obs, act = torch.randn(n, 2), 2 * torch.rand(n, 2) - 1
-    data = Dataset(obs, act, trajectory.float(), obs + 0.1, torch.zeros(n), torch.ones(n, dtype=torch.bool), trajectory)
-    seen, taught = {}, []
+    obs, act, has_next = torch.randn(n, 2), 2 * torch.rand(n, 2) - 1, torch.arange(n) % 10 < 9
+    next_obs = torch.where(has_next[:, None], obs + 0.1, 1e6)
+    data, seen, plain = (
+        data_of(obs, act, trajectory.float(), next_obs, has_next, trajectory),
+        {},
+        m.train_rollout_policy,
+    )
+    a, s, s2 = (x[has_next] for x in (act, obs, next_obs))
+    cond, pred = (s2, s) if m is romi_bcq else (s, s2)  # an imagined step starts from the former
 
-    def imagine(starts, dynamics, rollout_policy, terminates, sampler, reward_range, args):
-        seen.update(starts=starts, policy=type(rollout_policy), rows=sampler(4000), range=reward_range)
-        return torch.zeros(10, 8), {}
+    def imagine(starts, dynamics, policy, terminates, args):
+        seen.update(starts=starts, policy=policy)
+        raise Stop
 
-    plain = m.train_rollout_policy
-    monkeypatch.setattr(m, "train_rollout_policy", lambda p, cond, act, *rest: taught.append((cond, act)) or plain(p, cond, act, *rest))
-    imagined_data(m, "halfcheetah-medium", data, monkeypatch, imagine, rollout_policy=policy, priority_rollout=priority)
-    assert seen["policy"] is {"cvae": m.ConditionalVAE, "rbc": m.BehaviourCloning, "uniform": m.UniformPolicy}[policy]
-    assert seen["starts"].equal(obs) and seen["range"] == (0, 1)
-    assert (seen["rows"] >= 100).float().mean() == pytest.approx(1.0 if priority else 0.5, abs=0.0 if priority else 0.05)
-    assert len(taught) == (policy != "uniform")
-    for cond, a in taught:  # conditioned on the state that an imagined step is given
-        assert a.equal(act) and cond.equal(data.next_obs if m is romi_bcq else obs)
+    def taught(*given):
+        assert all(x.equal(y) for x, y in zip(given[:2], (cond, a), strict=True))
+        return plain(*given)
+
+    monkeypatch.setattr(m, "train_dynamics", lambda *given: seen.update(taught=given))
+    monkeypatch.setattr(m, "train_rollout_policy", taught)
+    monkeypatch.setattr(m, "imagine", imagine)
+    with pytest.raises(Stop):
+        flags = dict(rollout_policy=policy, priority_rollout=priority, rollout_policy_updates=3)
+        run_main(m, data, monkeypatch, tmp_path, **flags)
+    assert all(x.equal(y) for x, y in zip(seen["taught"], (cond, a, trajectory[has_next].float(), pred), strict=False))
+    classes = {"cvae": m.ConditionalVAE, "rbc": m.BehaviourCloning, "uniform": type(None)}
+    assert type(getattr(seen["policy"], "__self__", None)) is classes[policy]
+    late = (seen["starts"](4000)[:, None] == obs[100:]).all(-1).any(1).float().mean()
+    assert late == pytest.approx(1.0 if priority else 0.5, abs=0.0 if priority else 0.05)
 
 
-@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
-def test_what_a_maze_run_logs_and_draws_of_its_imagination_runs_forward_in_time(m, monkeypatch):
-    from maze2d_env import Maze2d
+@BOTH
+def test_what_a_maze_run_logs_and_draws_of_its_imagination_runs_forward_in_time(m, monkeypatch, tmp_path):
+    from envs.maze2d import Maze2d
 
-    h, n, env, rng = 3, 20, Maze2d("umaze"), torch.Generator().manual_seed(0)
-    obs, act, next_obs = torch.zeros(n, h, 4), 2 * torch.rand(n, h, 2, generator=rng) - 1, torch.zeros(n, h, 4)
+    h, n, env = 3, 20, Maze2d("umaze")
+    obs, act, next_obs = torch.zeros(h, n, 4), 2 * torch.rand(h, n, 2) - 1, torch.zeros(h, n, 4)
     for c in range(n):
         state = env.reset(seed=c)[0]
         for t in range(h):
-            obs[c, t] = torch.as_tensor(state)
-            state = env.step(act[c, t].numpy())[0]
-            next_obs[c, t] = torch.as_tensor(state)
-    rows = torch.stack([m.pack(*(x[:, t] for x in (obs, act, torch.zeros(n, h), next_obs, torch.zeros(n, h)))) for t in range(h)])
-    rows = rows.flip(0) if m is romi_bcq else rows  # in the order of imagination
-    known = torch.ones(n, dtype=torch.bool)
-    data = Dataset(obs[:, 0], act[:, 0], torch.zeros(n), next_obs[:, 0], torch.zeros(n), known, torch.arange(n))
-    changes = dict(rollout_policy="uniform", priority_rollout=False, horizon=h, model_buffer_size=h * n)
-    run = imagined_data(m, "maze2d-umaze", data, monkeypatch, lambda *_: (rows.flatten(0, 1), {}), **changes)
-    assert run.logged["model/replay_error_1"] < 1e-6 and run.logged["model/replay_error_3"] < 1e-6
-    for c, trajectory in enumerate(run.drawn["imagination"]):
-        assert (torch.as_tensor(trajectory) == torch.cat([obs[c], next_obs[c, -1:]])).all()
-    tiny = imagined_data(m, "maze2d-umaze", data, monkeypatch, lambda *_: (rows.flatten(0, 1)[:4], {}), **changes)
-    assert not tiny.drawn  # not one whole chain: nothing to show, and no error
+            obs[t, c] = torch.as_tensor(state)
+            state = env.step(act[t, c].numpy())[0]
+            next_obs[t, c] = torch.as_tensor(state)
+    chains, drawn = [[obs[t], act[t], next_obs[t]] for t in range(h)], {}
+    rows = torch.cat([pack(s, a, torch.zeros(n), s2, torch.zeros(n)) for s, a, s2 in chains])
+    monkeypatch.setattr(m, "train_dynamics", lambda *_: None)  # the chains come in the order of imagination
+    monkeypatch.setattr(m, "imagine", lambda *_: (rows, chains[::-1] if m is romi_bcq else chains))
+    monkeypatch.setattr(utils, "draw_maze", lambda task, trajectories, folder, name: drawn.update({name: trajectories}))
+    data = data_of(obs[0], act[0], torch.zeros(n), next_obs[0])
+    run_main(m, data, monkeypatch, tmp_path, env="maze2d-umaze", total_updates=1)
+    logged = json.loads(next(tmp_path.glob("*/metrics.jsonl")).read_text().splitlines()[0])
+    assert logged["update"] == 0 and logged["model/replay_error_1"] < 1e-6 and logged["model/replay_error_3"] < 1e-6
+    assert (torch.as_tensor(drawn["imagination"]) == torch.cat([obs, next_obs[-1:]]).transpose(0, 1)).all()
 
 
 # --- direction of time ---
 
 
-@pytest.mark.parametrize("m", [romi_bcq, fomi_bcq])
-def test_chains_touch_the_data_at_their_end_or_at_their_begin(m, monkeypatch):
+@BOTH
+def test_chains_touch_the_data_at_their_end_or_at_their_begin(m, monkeypatch, tmp_path):
     """ROMI's chains lead to states of the data, FOMI's away from them; the stored rows of both run forward in time."""
     obs, act = torch.randn(2000, 2), 2 * torch.rand(2000, 2) - 1
-    row, real = torch.arange(2000), torch.ones(2000, dtype=torch.bool)
-    data = Dataset(obs, act, obs[:, 0].clone(), obs + 0.1 * act, torch.zeros(2000), real, row)
+    data, imagined, plain = data_of(obs, act, obs[:, 0].clone(), obs + 0.1 * act), [], m.imagine
 
-    class Run:
-        state: dict = {}
+    def imagine(*args):
+        imagined.append(plain(*args)[0])
+        raise Stop
 
-        def log(self, update, metrics):
-            pass
-
-        def save(self, phase, step, **parts):
-            self.state = self.state | parts | {"phase": phase}
-
-    args = replace(m.Args(), **{k: getattr(ARGS, k) for k in ("dynamics_hidden", "horizon", "rollout_policy", "rollout_batch_size")})
-    args = replace(args, priority_rollout=False, dynamics_max_epochs=40, model_buffer_size=600)
-    rows = m.imagined_data(parse_task("halfcheetah-medium"), data, args, CPU, Run(), {}, None)
-    s, a, _, s2, terminated = (x.view(2, 3, 100, -1) for x in m.unpack(rows, 2, 2))  # (calls, steps, chains, ...)
+    monkeypatch.setattr(m, "imagine", imagine)
+    with pytest.raises(Stop):
+        flags = dict(rollout_policy="uniform", dynamics_max_epochs=30, model_buffer_size=600)
+        run_main(m, data, monkeypatch, tmp_path, **flags)
+    s, a, _, s2, terminated = (x.view(2, 3, 100, -1) for x in unpack(imagined[0], 2, 2))  # (calls, h, chains, ...)
     assert (s + 0.1 * a - s2).abs().mean() < 0.03 and terminated.sum() == 0
     in_data = {tuple(x) for x in obs.tolist()}
-    reverse = m is romi_bcq
-    touching, loose = (s2, s) if reverse else (s, s2)
+    touching, loose = (s2, s) if m is romi_bcq else (s, s2)
     assert all(tuple(x) in in_data for x in touching[:, 0].flatten(0, 1).tolist())
     assert not any(tuple(x) in in_data for x in loose.flatten(0, 2).tolist())
     for i in (1, 2):
-        assert (s2[:, i].equal(s[:, i - 1])) if reverse else s[:, i].equal(s2[:, i - 1])
+        assert s2[:, i].equal(s[:, i - 1]) if m is romi_bcq else s[:, i].equal(s2[:, i - 1])
 
 
 @pytest.mark.parametrize("m, ended", [(romi_bcq, "given"), (fomi_bcq, "imagined")])
-def test_termination_is_about_the_later_state(m, ended):
-    args = replace(m.Args(), horizon=1, model_buffer_size=50, rollout_batch_size=50)
-    dynamics, seen = m.Dynamics(2, 2, args), []
+def test_termination_is_about_the_later_state_and_a_small_buffer_still_holds_whole_chains(m, ended):
+    """Fewer rows than horizon x rollout batch: fewer chains, not shorter ones."""
+    args, seen = replace(m.Args(), horizon=5, model_buffer_size=50, rollout_batch_size=1000, dynamics_hidden=8), []
 
     def terminates(obs, act, next_obs):
         seen.append(next_obs)
         return torch.zeros(len(obs), dtype=torch.bool)
 
-    starts = torch.full((5, 2), 7.0)
-    m.imagine(starts, dynamics, m.UniformPolicy(2, 2, args), terminates, m.Sampler(5, None, CPU), (0.0, 1.0), args)
+    policy = m.train_rollout_policy(torch.zeros(1, 2), torch.zeros(1, 2), replace(args, rollout_policy="uniform"), None)
+    starts = m.row_sampler(torch.full((5, 2), 7.0))
+    rows, chains = m.imagine(starts, m.Dynamics(2, 2, args), policy, terminates, args)
     assert (seen[0] == 7).all().item() == (ended == "given")
-
-
-def test_a_small_buffer_still_holds_whole_chains():
-    """Fewer rows than horizon x rollout batch: fewer chains, not shorter ones."""
-    args = replace(romi_bcq.Args(), horizon=5, model_buffer_size=50, rollout_batch_size=1000)
-    dynamics, starts = romi_bcq.Dynamics(2, 2, args), torch.randn(100, 2)
-    terminates = romi_bcq.termination_fn(parse_task("halfcheetah-medium"), None)
-    policy = romi_bcq.UniformPolicy(2, 2, args)
-    rows, _ = romi_bcq.imagine(starts, dynamics, policy, terminates, romi_bcq.Sampler(100, None, CPU), (0.0, 1.0), args)
-    obs, _, _, next_obs, _ = (x.view(5, 10, -1) for x in romi_bcq.unpack(rows, 2, 2))
-    assert all(next_obs[i].equal(obs[i - 1]) for i in range(1, 5))
+    obs, _, _, next_obs, _ = (x.view(5, 10, -1) for x in unpack(rows, 2, 2))
+    later, earlier = (obs, next_obs) if ended == "given" else (next_obs, obs)
+    assert all(earlier[i].equal(later[i - 1]) for i in range(1, 5)) and len(chains) == 5

@@ -1,0 +1,293 @@
+"""D4RL's AntMaze data, made on this machine: D4RL's goal-reaching ant follows waypoints through the maze, noisily.
+
+Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py and d4rl/locomotion/maze_env.py.
+
+  1. A start and a goal: umaze begins at R, all others in a random cell; the goal lies in one cell, that of GOALS which
+  is nearest to the evaluation's (umaze, play), or in any of GOALS (diverse), anew in each episode.  2. At every step
+  breadth-first search gives the next cell, and chance a point in it; in its own cell the goal is that point.  3. D4RL's
+  policy is told the way there; its action is sampled, moved by N(0, 0.2^2) and clipped.  4. After 1001 rows: a reset.
+  Nothing ends at a goal, the ant runs on about it.  5. Afterwards a goal of the evaluation is drawn, one for all rows;
+  rewards and terminals are 1 where a step ends within 0.5 of it.
+
+    python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes, on a busy machine 40
+    python datasets/antmaze.py --task umaze --minari          # also for Minari: --env rewind/antmaze/umaze-v0
+    python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated
+
+The policy is D4RL's file ant_hierarch_pol.pkl, in $D4RL_DATASET_DIR or else downloaded from D4RL's server. It is read
+without running a byte of it. Written is HDF5 in D4RL layout, with a .json beside it that holds recipe, versions,
+statistics and sha256. Every 100 episodes are kept on the way: the same command goes on where it was cut.
+
+`timeouts` are those of D4RL's v2 files: the last row of each run of the ant, whose successor is not in the file. Runs
+of terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.
+
+Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly (0.8 % of a step).
+Theirs have fewer rewarded rows, in a million 9 155 (umaze), 36 (umaze-diverse), 9 769 and 1 960 (medium), 12 518 and
+6 190 (large), as their numbers of episodes tell; ours depend on the rewarded goal, from which the ant's own may be far
+or not. How play chose its one goal is not known: --goals all draws it from all cells of D4RL's map.
+"""
+
+import collections
+import functools
+import json
+import os
+import pickle
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, not this folder
+
+import h5py
+import mujoco
+import numpy as np
+from pydantic import PositiveInt
+
+import plumbing
+import utils
+from envs.antmaze import CELL, RADIUS, AntMaze, free_cells, goal_cell, middle, sample_goal
+from plumbing import NonNegative, Seed, UserError
+
+ROWS = 1001  # of an episode: the step counter is compared before it counts
+PART = 100  # episodes that are kept together
+GOALS = {  # cells that D4RL's maps for making data mark as goals; first the one nearest to the evaluation's
+    "umaze": [(3, 1)],
+    "medium": [(6, 5), (2, 6), (5, 1)],
+    "large": [(7, 9), (1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6)],
+}
+
+
+@dataclass
+class Args:
+    task: Literal["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"] = "umaze"
+    steps: PositiveInt = 1_000_000
+    seed: Seed = 0
+    noise: NonNegative = 0.2  # standard deviation of the action noise
+    goals: Literal["one", "all"] | None = None  # of the cells in GOALS; None: by task
+    minari: bool = False  # also write a Minari data set
+    out: Path = utils.GENERATED
+    overwrite: bool = False  # replace files that were made with other settings
+
+
+# --- D4RL's policy ---
+
+
+class Inert:
+    """What stands for every class and function that a pickle names: it keeps its state and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+class StubUnpickler(pickle.Unpickler):
+    """Reads the objects of rlkit that D4RL saved as Inert ones. Tensors become (storage key, offset, size, stride)."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *rest: (storage, offset, size, stride)
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *rest: tensor
+        if module.split(".")[0] in ("rlkit", "gym", "locomotion", "numpy", "torch", "_codecs"):
+            return Inert
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid):
+        return pid[1] if pid[0] == "module" else pid[2]  # class, source code; or storage type, key, device, size, view
+
+
+def read_policy(path):
+    """[(weight, bias)] of the three layers in D4RL's file, float32; the last gives means, then log standard deviations.
+
+    A file of torch < 1.6: pickles of a magic number, a protocol, the system, the objects and a list of storage keys,
+    then the length and the float32 values of each storage.
+    """
+    try:
+        with open(path, "rb") as f:
+            _, _, _, saved, keys = (StubUnpickler(f).load() for _ in range(5))
+            storages = {key: np.fromfile(f, "<f4", int(np.fromfile(f, "<i8", 1)[0])) for key in keys}
+
+        def layer(name):
+            parameters = saved["exploration/policy"]._modules[name]._parameters
+            arrays = []
+            for key, offset, size, stride in (parameters[k] for k in ("weight", "bias")):
+                strides = tuple(4 * s for s in stride)
+                arrays.append(np.ndarray(size, "<f4", storages[key], 4 * offset, strides).copy())
+            return arrays
+
+        first, second, mean, log_std = (layer(name) for name in ("fc0", "fc1", "last_fc", "last_fc_log_std"))
+    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: is not D4RL's policy ({e})") from None
+    return [first, second, [np.concatenate(x) for x in zip(mean, log_std, strict=True)]]
+
+
+class Policy:
+    """D4RL's ant: a tanh-squashed Gaussian given the observation without x and y, and a direction of length 10."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def __call__(self, obs, waypoint, rng):
+        way = waypoint - obs[:2]
+        x = np.concatenate([obs[2:], 10 * way / max(np.linalg.norm(way), 1e-6)]).astype(np.float32)
+        for i, (weight, bias) in enumerate(self.layers):
+            x = weight @ x + bias
+            x = np.maximum(x, 0) if i < 2 else x
+        return np.tanh(x[:8] + np.exp(x[8:].clip(-20, 2)) * rng.standard_normal(8))
+
+
+# --- waypoints ---
+
+
+def cell_of(position):
+    """(row, column) as D4RL's search sees it: from the middle of a cell to the middle of the next, not its borders."""
+    return tuple(int(1 + max(p, 1e-4) / CELL) for p in (position[1], position[0]))
+
+
+@functools.cache
+def next_cell(maze, cell, target):
+    """The neighbour of a cell from which fewest lead to the target, by breadth-first search; a target's is itself."""
+    free, distance, queue = set(free_cells(maze)), {target: 0}, collections.deque([target])
+
+    def around(c):
+        return [n for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1)) if (n := (c[0] + i, c[1] + j)) in free]
+
+    while queue:
+        c = queue.popleft()
+        for n in around(c):
+            if n not in distance:
+                distance[n] = distance[c] + 1
+                queue.append(n)
+    return target if cell == target else min(around(cell), key=distance.get, default=target)
+
+
+def waypoint(maze, position, goal, rng):
+    """Where to go from a position, drawn anew at each step: a point in the next cell, or the goal if it is there."""
+    target = cell_of(goal)
+    cell = next_cell(maze, cell_of(position), target)
+    return goal if cell == target else middle(cell) + rng.uniform(0, 1, 2)
+
+
+# --- data ---
+
+
+def episode(env, act, rng, noise, goals, random_start):
+    """One run of the ant to a goal in one of the cells `goals`: obs (T+1, 29), act (T, 8), goal (2,)"""
+    position = None
+    if random_start:  # in no cell that is a goal in D4RL's map
+        cells = [cell for cell in free_cells(env.maze) if cell not in GOALS[env.maze]]
+        position = middle(cells[rng.integers(len(cells))]) + rng.uniform(0, 1, 2)
+    goal = sample_goal(goals[rng.integers(len(goals))], rng)
+    state, obs, actions = env.start(rng, position), np.empty((ROWS + 1, 29), "f4"), np.empty((ROWS, 8), "f4")
+    for t in range(ROWS):
+        obs[t] = state
+        action = act(state, waypoint(env.maze, state[:2], goal, rng), rng)
+        actions[t] = np.clip(action + noise * rng.standard_normal(8), -1, 1)
+        state = env.step(actions[t])[0]
+    obs[ROWS] = state
+    return obs, actions, goal
+
+
+def demonstrations(settings, act, folder):
+    """Arrays in D4RL's layout, without rewards, and the next observations. Each episode has a generator of its own, so
+    that those of parts that lie in the folder need not be made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task, steps, seed, noise, goals = (settings[k] for k in ("task", "steps", "seed", "noise", "goals"))
+    env, episodes, parts = AntMaze(task.split("-")[0]), -(-steps // ROWS), []
+    cells = GOALS[env.maze][: 1 if goals == "one" else None]
+    made_with = json.dumps([task, seed, noise, goals, mujoco.__version__])
+    progress = plumbing.progress(steps, f"antmaze-{task}", "step")
+    for first in range(0, episodes, PART):
+        path, last = folder / f"{first:06}.npz", min(first + PART, episodes)
+        part = None
+        if path.exists():
+            with np.load(path) as f:
+                part = dict(f) if f["made_with"] == made_with and len(f["goals"]) >= last - first else None
+        if part is None:
+            runs = []
+            for e in range(first, last):
+                runs.append(episode(env, act, np.random.default_rng([seed, 1 + e]), noise, cells, task != "umaze"))
+                progress.update(min(ROWS, steps - e * ROWS))
+            part = dict(zip(("obs", "act", "goals"), map(np.stack, zip(*runs, strict=True)), strict=True))
+            np.savez(path.with_suffix(".part.npz"), made_with=made_with, **part)
+            os.replace(path.with_suffix(".part.npz"), path)
+        else:
+            progress.update(min(last * ROWS, steps) - first * ROWS)
+        parts.append({k: part[k][: last - first] for k in ("obs", "act", "goals")})
+    progress.close()
+    obs, actions, goals = (np.concatenate([part[k] for part in parts]) for k in ("obs", "act", "goals"))
+    arrays = {"observations": obs[:, :-1], "actions": actions, "next_observations": obs[:, 1:]}
+    arrays |= {"infos/goal": np.repeat(goals[:, None].astype("f4"), ROWS, 1)}
+    arrays |= {"timeouts": np.tile(np.arange(1, ROWS + 1) == ROWS, (episodes, 1))}
+    return {k: v.reshape(episodes * ROWS, *v.shape[2:])[:steps] for k, v in arrays.items()}
+
+
+def relabel(arrays, goal):
+    reached = np.linalg.norm(arrays["next_observations"][:, :2] - goal, axis=1) <= RADIUS
+    return arrays | {"rewards": reached.astype("f4"), "terminals": reached}
+
+
+def statistics(arrays):
+    """What is known of D4RL's files too; how many complete runs of the ant came to their own goals, after how long."""
+    ends, rows = arrays["terminals"] | arrays["timeouts"], len(arrays["rewards"])
+    begins = np.r_[True, ends[:-1]]
+    stats = {"transitions": rows, "runs": int(arrays["timeouts"].sum()), "reward_rows": int(arrays["rewards"].sum())}
+    stats |= {"episodes": int(ends.sum()) + (not ends[-1]), "one_step_episodes": int((ends & begins).sum())}
+    if runs := stats["runs"]:
+        way = arrays["next_observations"][: runs * ROWS, :2] - arrays["infos/goal"][: runs * ROWS]
+        near = (np.linalg.norm(way, axis=1) <= RADIUS).reshape(runs, ROWS)
+        came = near.any(1)
+        stats |= {"success": round(float(came.mean()), 4)}
+        stats |= {"median_steps": float(np.median(near[came].argmax(1) + 1)) if came.any() else None}
+    return stats
+
+
+def main(args, act=None):
+    args = plumbing.validate(args)
+    path = args.out / f"antmaze_{args.task.replace('-', '_')}.hdf5"
+    settings = {k: getattr(args, k) for k in ("task", "steps", "seed", "noise")}
+    settings["goals"] = args.goals or ("all" if args.task.endswith("diverse") else "one")
+    if path.exists() and path.with_suffix(".json").exists() and not args.overwrite:
+        there = plumbing.read_json(path.with_suffix(".json"))
+        differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
+        if differ:  # training would go on with other data under the same name
+            differ = ", ".join(differ)
+            raise UserError(f"{path} was made with other {differ}; give another --out, or --overwrite to replace it")
+        if not args.minari:
+            return print(f"{path} is there already; --overwrite makes it again", file=sys.stderr)
+    act = act or Policy(read_policy(utils.ant_policy()))
+    goal = sample_goal(goal_cell(args.task.split("-")[0]), np.random.default_rng(args.seed))
+    arrays = relabel(demonstrations(settings, act, path.with_suffix(".parts")), goal)
+    stats = statistics(arrays)
+    meta = {"recipe": "D4RL's ant on waypoints"} | settings | {"goal": goal.round(6).tolist()} | stats
+    meta |= {
+        "versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}
+    }
+    if args.minari:
+        env, name = f"Rewind/AntMaze-{args.task}-v2", f"rewind/antmaze/{args.task}-v0"
+        runs = arrays | {"ends": arrays["timeouts"]}  # an episode per row near the goal would be gigabytes
+        utils.write_minari(name, runs, env, utils.REFERENCE["antmaze"], "waypoints", "datasets/antmaze.py", meta)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with h5py.File(part, "w") as f:
+        for k, v in arrays.items():
+            if k != "next_observations":  # D4RL's files have none
+                f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
+    meta |= {"sha256": utils.file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
+    os.replace(part, path)
+    plumbing.write_file(path.with_suffix(".json"), json.dumps(meta, indent=1) + "\n")
+    shutil.rmtree(path.with_suffix(".parts"))
+    print(f"{path}: {json.dumps(stats)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    plumbing.run_script(main, Args, __doc__)

@@ -1,0 +1,357 @@
+"""Faults that users meet: whatever the user, the operating system, W&B or a damaged file does ends in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from errno import ENOSPC
+from types import SimpleNamespace
+
+import pytest
+import romi_bcq
+import romi_cql as m
+import torch
+from test_runs import ROOT, contents, data_file, folder_of, metrics, weights  # noqa: F401 - data_file is a fixture
+
+import plumbing
+from plumbing import UserError
+
+TINY = {"env": "hopper-medium-replay", "total-updates": 4, "checkpoint-every": 2, "log-every": 1, "eval-every": 2}
+TINY |= {"eval-episodes": 1, "num-threads": 1, "batch-size": 8, "model-ratio": 0}
+
+
+def flags_of(data, run_dir):
+    return [
+        *(x for k, v in TINY.items() for x in (f"--{k}", str(v))),
+        "--dataset",
+        str(data),
+        "--run-dir",
+        str(run_dir),
+    ]
+
+
+@pytest.fixture
+def command(data_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The script's command line in this process -> exit status and lines of standard error."""
+
+    def run(*flags, script=m, run_dir=tmp_path):
+        flags = [*flags_of(data_file, run_dir, script), "--hidden", "8", "8", *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
+        with pytest.raises(SystemExit) as end:
+            plumbing.run_script(script.main, script.Args, script.__doc__)
+        traceback.clear_frames(end.tb)  # they hold the log open, which is locked
+        return end.value.code, capsys.readouterr().err.replace("\r", "\n").splitlines()
+
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield run
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(data_file, tmp_path_factory):  # noqa: F811
+    """Folder of a run that nothing befell."""
+    run_dir, args = tmp_path_factory.mktemp("finished"), {k.replace("-", "_"): v for k, v in TINY.items()}
+    m.main(m.Args(**args, hidden=(8, 8), dataset=str(data_file), run_dir=str(run_dir)))
+    return folder_of(run_dir, "cql")
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / finished.name)
+
+
+def refused(answer, *words, status=2):
+    """One line that says what is wrong."""
+    code, lines = answer
+    assert code == status, lines
+    (line,) = [x for x in lines if "error" in x.lower() or "Traceback" in x]
+    assert line.startswith("error: ") and all(str(word) in line for word in words), line
+
+
+def replace_by(path, content):
+    """Other bytes or, for None, a folder."""
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+# --- command line ---
+
+
+@pytest.mark.parametrize("name", ["a/b", "x" * 300, "a\0b", ""])
+def test_a_name_is_a_name(command, tmp_path, name):
+    refused(command("--exp-name", name), "--exp-name")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--hidden"])
+@pytest.mark.parametrize("size", [10**15, 10**18, 10**20])
+def test_sizes_beyond_memory_are_named(command, flag, size):
+    refused(command(flag, size), flag)
+
+
+def test_numbers_and_paths_that_cannot_be(command, tmp_path):
+    refused(command("--seed", 2**32), "--seed 4294967296")
+    (file := tmp_path / "file").touch()
+    refused(command(run_dir=file), file)
+    refused(command(run_dir=file / "below"), file)
+    refused(command("--dataset", f"{'x' * 300}.hdf5"), "xxx")
+    for path in (tmp_path, tmp_path / "none.pt", file, tmp_path / ("x" * 300)):
+        refused(command("--dynamics-from", path, "--model-ratio", 0.5), path)
+    assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_end_a_run_with_a_message(command, monkeypatch, number):
+    monkeypatch.setattr(m, "evaluate", lambda *_: os.kill(os.getpid(), number))
+    code, lines = command()
+    assert code == 130 and [x for x in lines if x.startswith("interrupted; the same command goes on")]
+
+
+def test_a_copy_in_a_folder_of_any_name_trains_with_closed_streams(data_file, tmp_path):  # noqa: F811
+    """It finds its own utils before a package of that name, and no shell reads the folder's name."""
+    home = tmp_path / "it's `touch ran` $(touch ran)" / "rl"
+    (home.parent / "utils").mkdir(parents=True)
+    (home.parent / "utils" / "__init__.py").touch()
+    shutil.copytree(ROOT / "envs", home / "envs")
+    for file in ("utils.py", "plumbing.py", "algorithms/romi_cql.py"):
+        shutil.copy(ROOT / file, home)
+    shell = ["sh", "-c", '"$@" >&- 2>&-', "sh", sys.executable, "romi_cql.py", *flags_of(data_file, "runs")]
+    assert subprocess.run(shell, cwd=home).returncode == 0
+    assert (folder_of(home / "runs", "cql") / "result.json").exists() and not list(home.parent.rglob("ran"))
+    assert len({x for p in ROOT.glob("algorithms/*.py") for x in p.read_text().splitlines() if "sys.path" in x}) == 1
+
+
+# --- damaged files ---
+
+
+def test_a_checkpoint_with_one_wrong_bit_is_refused_or_the_same(folder):
+    path, good, refusals = folder / "agent.pt", weights(folder), 0
+    whole = path.read_bytes()
+    for i in range(0, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
+        try:
+            plumbing.read_checkpoint(path)
+        except UserError:
+            refusals += 1
+        else:
+            assert all(v.equal(good[k]) for k, v in weights(folder).items())
+    assert refusals > 30
+
+
+@pytest.mark.parametrize("damage", ["zeros", "half", "empty", "text", "folder", "list", "keys", "part", "shape"])
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_overwritten(command, folder, damage):
+    path = folder / "agent.pt"
+    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    half, part = len(whole) // 2, {k: v for k, v in state.items() if k != "policy"}
+    wrong = part | {"policy": {k: torch.zeros(3) for k in state["policy"]}}
+    files = {
+        "zeros": whole[:half] + bytes(2000) + whole[half + 2000 :],
+        "half": whole[:half],
+        "empty": b"",
+        "text": b"?",
+    }
+    if states := {"list": [1, 2], "keys": {"policy": state["policy"]}, "part": part, "shape": wrong}.get(damage):
+        torch.save(states, path)
+    else:
+        replace_by(path, files.get(damage))
+    before = contents(folder)
+    refused(command("--total-updates", 6), path)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"{nonsense", b"\xff", None])
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_settings_and_results_that_are_none(command, folder, name, content):
+    replace_by(folder / name, content)
+    before = contents(folder)
+    refused(command(), folder / name)
+    assert contents(folder) == before
+
+
+def test_settings_of_something_else_and_a_log_that_is_a_folder(command, folder):
+    config = folder / "config.json"
+    whole = config.read_text()
+    config.write_text('{"args": {"gamma": 1}, "dataset": 3}')
+    refused(command(), folder, "--gamma")
+    config.write_text(whole)
+    replace_by(folder / "metrics.jsonl", None)
+    refused(command("--total-updates", 6), folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("left", [None, 0, 200, -7])
+def test_a_log_that_lost_lines_goes_on_with_the_evaluations_of_the_checkpoint(command, folder, finished, left):
+    log = folder / "metrics.jsonl"
+    content = log.read_bytes()
+    log.unlink() if left is None else log.write_bytes(content[:left])
+    code, lines = command("--total-updates", 6)
+    assert code == 0 and [x for x in lines if x.startswith("note: ") and "metrics.jsonl" in x]
+    evals, before = ([r for r in metrics(f) if "eval/return" in r] for f in (folder, finished))  # every line is JSON
+    assert [r["update"] for r in evals] == [2, 4, 6] and evals[:2] == before and b"\0" not in log.read_bytes()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["normalized_score_last_10"] == pytest.approx(sum(r["eval/normalized_score"] for r in evals) / 3)
+
+
+# --- whose run it is ---
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(command, folder):
+    (folder / "agent.pt").unlink()
+    before = contents(folder)
+    refused(command("--total-updates", 6), folder, "agent.pt")
+    assert command()[0] == 0 and contents(folder) == before
+
+
+@pytest.mark.parametrize("lost", [(), ("config.json", "result.json"), ("agent.pt",), ("agent.pt", "config.json")])
+def test_a_run_of_another_script_is_refused(command, tmp_path, lost):
+    assert command("--exp-name", "x", script=romi_bcq)[0] == 0
+    folder = folder_of(tmp_path, "x")
+    for name in lost:
+        (folder / name).unlink()
+    before = contents(folder)
+    refused(command("--exp-name", "x"), folder)
+    assert contents(folder) == before
+
+
+# --- not finite ---
+
+
+@pytest.mark.parametrize(
+    "what, flags, words",
+    [
+        ("loss", (), "loss not finite at update 3"),
+        ("policy", ("--log-every", 9, "--eval-every", 3), "actions are not finite"),
+        ("policy", ("--log-every", 9, "--eval-episodes", 0), "weights not finite at step 4: policy"),
+    ],
+)
+def test_a_run_that_diverges_ends_with_status_3(command, finished, tmp_path, monkeypatch, what, flags, words):
+    """It keeps its checkpoint, if there is one, and neither evaluates nor logs what is not finite."""
+    plain, folder = m.CQL.update, tmp_path / finished.name
+
+    def update(self, *args):
+        metrics = plain(self, *args)
+        if what == "policy":
+            self.policy.net[-1].bias.data[0] = torch.nan
+        return metrics | ({"losses/td": torch.tensor(torch.nan)} if what == "loss" else {})
+
+    assert command("--total-updates", 2, *flags)[0] == 0
+    good = (folder / "agent.pt").read_bytes()
+    monkeypatch.setattr(m.CQL, "update", update)
+    refused(command(*flags), words, status=3)
+    assert (folder / "agent.pt").read_bytes() == good and not (folder / "result.json").exists()
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    shutil.rmtree(folder)
+    code, lines = command(*flags, "--checkpoint-every", 1)
+    assert code == 3 and not list(folder.glob("*.pt*")) and not any("last good" in line for line in lines)
+
+
+def test_numbers_that_are_not_finite_are_null(command, finished, tmp_path, monkeypatch):
+    plain, folder = m.CQL.update, tmp_path / finished.name
+    monkeypatch.setattr(m.CQL, "update", lambda *a: plain(*a) | {"q/x": torch.tensor(torch.nan), "q/y": torch.inf})
+    nan = {f"eval/{k}": torch.nan for k in ("return", "return_std", "length", "normalized_score")}
+    monkeypatch.setattr(m, "evaluate", lambda *_: nan)
+    assert command()[0] == 0
+    rows = metrics(folder)
+    assert rows[0]["q/x"] is rows[0]["q/y"] is None and [r for r in rows if r.get("eval/return", 0) is None]
+    for text in [*(folder / "metrics.jsonl").read_text().splitlines(), (folder / "result.json").read_text()]:
+        json.loads(text, parse_constant=pytest.fail)
+
+
+# --- the operating system ---
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, plain=plain: (calls.append(name), plain(*a)))
+    plumbing.write_file(tmp_path / "x", "text")
+    assert calls == ["fsync", "replace"] and contents(tmp_path) == {"x": b"text"}
+
+
+@pytest.mark.parametrize("name", ["agent.pt", "metrics.jsonl"])
+def test_a_full_disk_is_named_and_costs_nothing(command, finished, tmp_path, monkeypatch, name):
+    folder, fits = tmp_path / finished.name, iter([True])
+
+    def fsync(fd):
+        if not next(fits, False):  # config.json does, the checkpoint does not
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    assert command("--total-updates", 2)[0] == 0
+    good = (folder / "agent.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        if name == "agent.pt":
+            patch.setattr(os, "fsync", fsync)
+        else:
+            patch.setattr(plumbing, "open_log", lambda *_: open("/dev/full", "a"))
+        refused(command(), f"{folder / name if name == 'agent.pt' else '/dev/full'}: No space left on device")
+    assert (folder / "agent.pt").read_bytes() == good and not list(folder.glob("*.part"))
+    assert command()[0] == 0 and metrics(folder) == metrics(finished)
+    assert all(v.equal(weights(finished)[k]) for k, v in weights(folder).items())
+
+
+def test_wall_time_counts_worked_seconds(command, finished, tmp_path, monkeypatch):
+    clock, update, evaluate = SimpleNamespace(wall=0.0, cpu=0.0), m.CQL.update, m.evaluate
+    times = SimpleNamespace(monotonic=lambda: clock.wall, process_time=lambda: clock.cpu)
+
+    def work(*args):
+        clock.wall, clock.cpu = clock.wall + 2, clock.cpu + 8  # four threads
+        return update(*args)
+
+    def sleep(*args):
+        clock.wall += 3600
+        return evaluate(*args)
+
+    monkeypatch.setattr(plumbing, "time", times)
+    monkeypatch.setattr(m.CQL, "update", work)
+    monkeypatch.setattr(m, "evaluate", sleep)
+    assert command("--total-updates", 2)[0] == command()[0] == 0
+    assert json.loads((tmp_path / finished.name / "result.json").read_text())["wall_time_s"] == 8.0
+
+
+# --- Weights & Biases ---
+
+
+class Tracker:
+    """Stands in for the module wandb and for its run; `broken` names what raises."""
+
+    def __init__(self, key, broken):
+        self.rows, self.modes, self.summary, self.broken = [], [], {}, broken
+        self.login = lambda prompt, verify: key and not prompt  # a prompt would wait for ever
+        self.Settings, self.define_metric, self.log = dict, lambda *_, **__: None, self.rows.append
+        self.finish = lambda: self.modes.append("finished")
+
+    def __getattribute__(self, name):
+        if name == object.__getattribute__(self, "broken"):
+            raise RuntimeError("no such client")
+        return object.__getattribute__(self, name)
+
+    def init(self, mode, **about):
+        self.modes.append(mode)
+        if mode == self.broken:
+            raise RuntimeError("no such server")
+        return self
+
+
+WHAT = ["", "online", "login", "init", "define_metric", "log", "finish", "summary", "module"]
+
+
+@pytest.mark.parametrize("broken", WHAT)
+@pytest.mark.parametrize("key", [True, False])
+def test_wandb_never_stops_a_run_and_is_offline_without_a_key(command, finished, tmp_path, monkeypatch, key, broken):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    tracker = Tracker(key, "" if broken == "module" else broken)
+    monkeypatch.setitem(sys.modules, "wandb", None if broken == "module" else tracker)
+    code, lines = command("--track")
+    assert code == 0 and metrics(tmp_path / finished.name) == metrics(finished)
+    said = [line for line in lines if "W&B: " in line]
+    if broken in ("", "online"):
+        offline = not key or broken == "online"
+        assert tracker.modes == ["online"] * key + ["offline"] * offline + ["finished"]
+        assert len(tracker.rows) == 6 and tracker.summary["updates"] == 4
+        assert any("W&B: offline; " in line for line in said) == offline
+    else:
+        assert 1 <= len(said) <= 3
