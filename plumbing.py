@@ -130,7 +130,7 @@ def validate(args):
 
 
 def start(args):
-    """Threads and seeds; returns the torch.device to train on."""
+    """Threads, memory, seeds of Python and NumPy (torch's: main); returns the torch.device to train on."""
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if args.device != "auto" and not have[args.device]:
         raise UserError(f"--device {args.device}: there is none here; use --device auto")
@@ -167,7 +167,7 @@ def bar(iterable, desc):
 
 
 class Clock:
-    """Seconds worked: not those in which the process was stopped or the machine slept."""
+    """Seconds worked, wall or CPU time, whichever is less: not those in which the process was stopped or starved."""
 
     def __init__(self):
         self.last = time.monotonic(), time.process_time()
@@ -182,7 +182,7 @@ class Clock:
 # --- what a run is ---
 
 
-def describe_run(script, args, task, data, device, direction, model):
+def describe_run(script, args, task, data, device, direction, model_flags):
     """What config.json says: the run's name, every setting, what a result depends on beside its flags, and what decides
     its dynamics model (direction, names of flags): another run may take the model if that is equal."""
     source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
@@ -196,7 +196,7 @@ def describe_run(script, args, task, data, device, direction, model):
     config |= {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device)}
     config |= {"versions": versions | {"python": platform.python_version()}, "git_commit": git or None}
     config |= {"command": [Path(script).name, *sys.argv[1:]], "wandb_id": uuid.uuid4().hex[:8]}
-    decides = {"direction": direction, "data": data.sha256} | {k: getattr(args, k) for k in sorted(model)}
+    decides = {"direction": direction, "data": data.sha256} | {k: getattr(args, k) for k in sorted(model_flags)}
     return json.loads(json.dumps(config | {"decides": {"dynamics": decides}}))
 
 
@@ -214,16 +214,18 @@ def differences(ours, theirs, bookkeeping):
     return words
 
 
-def summary(config, args, evals, worked, updates_per_s):
-    """What result.json says."""
+def summary(run):
+    """What result.json says; wall_time_s are seconds worked."""
+    config, args, evals = run.config, run.args, run.evals
     last = evals[-1] if evals else {}
     tail = [e["eval/normalized_score"] for e in evals[-10:] if e.get("eval/normalized_score") is not None]
+    rate = (args.total_updates - run.begin[0]) / max(run.worked - run.begin[1], 1e-9)
     result = {"task": config["task"], "script": config["script"], "algorithm": args.exp_name, "seed": args.seed}
     result |= {"updates": args.total_updates, "normalized_score": last.get("eval/normalized_score")}
     result |= {"normalized_score_last_10": sum(tail) / len(tail) if tail else None}
     result |= {"return_mean": last.get("eval/return"), "return_std": last.get("eval/return_std")}
-    result |= {"eval_episodes": args.eval_episodes, "wall_time_s": round(worked, 1)}
-    result |= {"updates_per_s": round(updates_per_s, 2)}
+    result |= {"eval_episodes": args.eval_episodes, "wall_time_s": round(run.worked, 1)}
+    result |= {"updates_per_s": round(rate, 2)}
     return result | {k: config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
 
 
@@ -368,7 +370,7 @@ def open_log(path, size, evals=()):
 
 
 def json_line(row):
-    """JSON has no NaN: null."""
+    """A line of JSON; NaN and inf become null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(row, allow_nan=False) + "\n"
 

@@ -44,7 +44,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # behind the script's own folder, for a copy of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
 from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -57,7 +57,7 @@ class Args:
     exp_name: Name | None = None  # None: combo; combo_beta0; combo_cql without imagined rows; with preset v0 ..._v0
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
     seed: Seed = 0
-    total_updates: PositiveInt = 1_000_000  # gradient updates of the learner; a larger number carries a finished run on
+    total_updates: PositiveInt = 1_000_000  # gradient updates of the learner
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
@@ -86,7 +86,7 @@ class Args:
     dynamics_batch_size: PositiveInt = 256
     dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
     dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # epochs in which no member improves by 1 % on its best
+    dynamics_patience: NonNegativeInt = 5  # training stops after more epochs in which no member improves by 1 %
     dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
     holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
@@ -159,7 +159,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 steps at 9 m are longer than the ball's, at Q = 100 half a reward."""
+    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -221,7 +221,6 @@ def descend(opt, loss):
 
 class Dynamics(nn.Module):
     """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
-
     A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
     """
 
@@ -257,7 +256,7 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Negative log-likelihood (doubled, no constant), mean of rows and outputs, sum of members (ROMI Eq. 1, 2)."""
+        """Negative log-likelihood, doubled, without constant: mean over rows and outputs, sum over members."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
         return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
@@ -268,7 +267,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, act):
-        """pred and r, each row from an elite of its own: (B, O), (B, A) -> (B, O), (B,)"""
+        """pred and r, from a random elite for every row: (B, O), (B, A) -> (B, O), (B,)"""
         x, elites = self.inputs(cond, act), self.elites
         chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
@@ -280,7 +279,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Take over the members of `current` whose holdout error, mse (E,), is 1 % below their best, and its bounds."""
+        """Copy members of `current` whose holdout mse (E,) fell 1 % below their best; the variance bounds always."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -289,7 +288,7 @@ class Dynamics(nn.Module):
         self.min_logvar.copy_(current.min_logvar)
 
     def optimizer(self):
-        """Adam's own weight decay adds wd W to the gradient: that of the loss term wd/2 |W|^2 in mopo."""
+        """Adam's weight decay adds wd W to the gradient, as mopo's loss term wd/2 |W|^2 does."""
         decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
         groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
@@ -299,12 +298,12 @@ class Dynamics(nn.Module):
 def train_dynamics(cond, act, rew, pred, args, run):
     """Maximum likelihood until the holdout error of every member has stopped falling."""
     device, E = cond.device, args.ensemble_size
-    split = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
-    order = torch.randperm(len(act), generator=split).to(device)
+    generator = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
+    order = torch.randperm(len(act), generator=generator).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
     N = len(train)
-    bootstrap = (torch.randint(N, (E, N), generator=split) if E > 1 else torch.arange(N)[None]).to(device)
+    bootstrap = (torch.randint(N, (E, N), generator=generator) if E > 1 else torch.arange(N)[None]).to(device)
     current = Dynamics(cond.shape[1], act.shape[1], args).to(device)
     x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
@@ -326,7 +325,9 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # far above its error, the model imagines noise
+        fit |= {
+            "expected_mse": logvar.exp().mean()
+        }  # predicted variance; far above holdout_mse the model imagines noise
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -355,8 +356,8 @@ def model_error(dynamics, act, episodes, horizon):
 
 
 def termination_fn(task, data, args):
-    """(obs, act, next_obs) -> (B,) bool: has the MDP ended with this transition? The rules of Gymnasium's v4 robots."""
-    domain = task.domain if args.imagined_ends else "endless"
+    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? The rules of Gymnasium's v4 robots."""
+    domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
     def terminates(obs, act, next_obs):
@@ -369,7 +370,7 @@ def termination_fn(task, data, args):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(finite)  # halfcheetah and maze2d never end
+        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never end
 
     check_ends(terminates, domain, data)
     return terminates
@@ -390,7 +391,7 @@ def imagine(starts, dynamics, policy, terminates, args):
         mean, log_std = policy(obs)
         act, _ = squash(mean, log_std, torch.randn_like(mean))
         act = 2 * torch.rand_like(act) - 1 if args.rollout_policy == "uniform" else act
-        next_obs, rew = dynamics.sample(obs, act)  # a member of its own for every row
+        next_obs, rew = dynamics.sample(obs, act)  # a random elite for every row
         terminated = terminates(obs, act, next_obs)
         rows.append(pack(obs, act, rew, next_obs, terminated))
         obs = next_obs[~terminated]  # a rollout that ended stays ended
@@ -523,8 +524,8 @@ class COMBO:
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
 # Flags that decide a model, beside data and direction: --dynamics-from takes one for which they are equal.
-MODEL = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
-MODEL |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
+MODEL_FLAGS = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
+MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
 
 def resolve(args, task):
@@ -567,12 +568,11 @@ class Run:
         plumbing.write_file(self.folder / "config.json", json.dumps(config, indent=1) + "\n")
         (self.folder / "result.json").unlink(missing_ok=True)
         self.wandb = plumbing.start_wandb(args, config, self.folder) if args.track else None
-        at = "".join(f", {state['step']} steps of {phase} done" for phase, state in self.states.items())
-        print(f"{self.folder}: {config['dataset']['transitions']} transitions{at or ', new run'}", file=sys.stderr)
+        print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Numbers of the steps of a phase that are left. `parts`, objects with a state dict, are restored before the
-        first, with the random numbers, and saved to <phase>.pt after every so many steps and after the last."""
+        """Yields numbers of the steps left. `parts`, objects with a state dict, are restored before the first with the
+        random numbers, and saved to <phase>.pt after every so many steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -607,8 +607,7 @@ class Run:
         plumbing.to_wandb(self, lambda run: run.log(row))
 
     def finish(self, **more):
-        rate = (self.args.total_updates - self.begin[0]) / max(self.worked - self.begin[1], 1e-9)
-        result = plumbing.summary(self.config, self.args, self.evals, self.worked, rate) | more
+        result = plumbing.summary(self) | more
         plumbing.write_file(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         plumbing.to_wandb(self, lambda run: (run.summary.update(result), run.finish()))
         print(f"{self.folder}: normalized score {result['normalized_score']}, return {result['return_mean']}")
@@ -623,7 +622,7 @@ def main(args):
     num_model = args.batch_size - num_real
     terminates = termination_fn(task, data, args) if num_model else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
-    run = Run(args, plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL))
+    run = Run(args, plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL_FLAGS))
     if run.finished:
         return
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]

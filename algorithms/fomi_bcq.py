@@ -3,28 +3,28 @@
 Papers: Wang et al. 2021, arXiv:2110.00188 (ROMI); Fujimoto et al. 2019, arXiv:1812.02900 (BCQ). Code: wenzhe-li/romi,
 sfujim/BCQ (continuous_BCQ).
 
-  forward model    p(s', r | s, a): ensemble of Gaussians         maximum likelihood on the data       ROMI Eq. 1, 2
+  forward model    p(s', r | s, a): ensemble of Gaussians         maximum likelihood on the data       ROMI Eq. 2
   rollout policy   G(a | s): conditional VAE                      variational bound on the data        ROMI Eq. 3
                    or pi(a | s): behaviour cloning                maximum likelihood on the data       ROMI Eq. 4
                    or uniform on [-1, 1]^A
   imagination      a ~ G(.|s), (s', r) ~ p(.|s, a), then s <- s', h times, from states of the data     ROMI Alg. 1
   learner          BCQ on batches with a share eta of imagined transitions                             ROMI Alg. 1
                    y = r + gamma (1-d) max_i [lambda min_j Q'_j(s', a_i) + (1-lambda) max_j Q'_j(s', a_i)]   BCQ Eq. 13
-                   a_i = a + xi'(s', a), a ~ G_omega(.|s'): the generator, a VAE trained on the batch        BCQ Alg. 1
-                   xi <- argmax Q_1(s, a + xi(s, a)), |xi| <= phi                                            BCQ Eq. 12
+                   a_i = a + xi'(s', a), a ~ VAE(.|s'): BCQ's generator, of actions in s'                    BCQ Alg. 1
+                   xi <- argmax Q_1(s, a + xi(s, a)), a ~ VAE(.|s), |xi| <= phi                              BCQ Eq. 12
 
     python algorithms/fomi_bcq.py --env maze2d-umaze
     python algorithms/fomi_bcq.py --env maze2d-umaze --model-ratio 0        # BCQ
 
 Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped
 to +-0.5, a batch has a fixed share of imagined rows, and start states and real rows are drawn in proportion to the
-return of their trajectory (not on maze2d: SETTINGS). BCQ's generator is trained on the mixed batch, so with uniform
-imagined actions it proposes about the mean of the mixture. Differences from the code:
+return of their trajectory (not on maze2d: SETTINGS). BCQ's generator is trained on the mixed batch, so it imitates
+imagined actions, too. l. is a line of ROMI's Algorithm 1. Differences from the code:
   1. Batches are split exactly, round(eta B) imagined rows and the rest real.
   2. Draws by return are with replacement and exact, not from a sum tree; uniform where all weights are 0.
-  3. Every row with a recorded successor trains the models, and bootstraps; the code drops those at time limits.
+  3. Rows at time limits with a recorded successor are used; the code drops them.
   4. RBC minimises the paper's negative log-likelihood; the code subtracts half an entropy and takes std for variance.
-  5. log(1 - a^2) is exact, without the code's + 1e-6. A hopper below -100 ends a chain as one above 100 does.
+  5. tanh's correction log(1 - a^2) is exact, without + 1e-6. A hopper below -100 ends a chain as one above 100 does.
   6. Elites are those of the holdout rows of training, an antmaze's goal comes from its rewarded positions.
 """
 
@@ -44,7 +44,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # behind the script's own folder, for a copy of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
 from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -85,7 +85,7 @@ class Args:
     dynamics_batch_size: PositiveInt = 256
     dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
     dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # epochs in which no member improves by 1 % on its best
+    dynamics_patience: NonNegativeInt = 5  # training stops after more epochs in which no member improves by 1 %
     dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
     holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
@@ -98,7 +98,7 @@ class Args:
     priority_policy: bool | None = None  # draw the real rows of a batch likewise; None: by task
     imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
     model_buffer_size: PositiveInt = 4_000_000  # imagined transitions, made once before policy learning
-    rollout_batch_size: PositiveInt = 20_000  # start states per call; the distribution does not depend on it
+    rollout_batch_size: PositiveInt = 20_000  # start states per call of the model
     rollout_policy_updates: PositiveInt = 500_000  # of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 100
     rollout_policy_lr: Positive = 1e-3
@@ -139,7 +139,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 steps at 9 m are longer than the ball's, at Q = 100 half a reward."""
+    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -259,7 +259,6 @@ def descend(opt, loss):
 
 class Dynamics(nn.Module):
     """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
-
     A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
     """
 
@@ -295,7 +294,7 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Negative log-likelihood (doubled, no constant), mean of rows and outputs, sum of members (ROMI Eq. 1, 2)."""
+        """Negative log-likelihood, doubled, without constant: mean over rows and outputs, sum over members."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
         return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
@@ -306,7 +305,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, act):
-        """pred and r, each row from an elite of its own: (B, O), (B, A) -> (B, O), (B,)"""
+        """pred and r, from a random elite for every row: (B, O), (B, A) -> (B, O), (B,)"""
         x, elites = self.inputs(cond, act), self.elites
         chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
@@ -318,7 +317,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Take over the members of `current` whose holdout error, mse (E,), is 1 % below their best, and its bounds."""
+        """Copy members of `current` whose holdout mse (E,) fell 1 % below their best; the variance bounds always."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -327,7 +326,7 @@ class Dynamics(nn.Module):
         self.min_logvar.copy_(current.min_logvar)
 
     def optimizer(self):
-        """Adam's own weight decay adds wd W to the gradient: that of the loss term wd/2 |W|^2 in mopo."""
+        """Adam's weight decay adds wd W to the gradient, as mopo's loss term wd/2 |W|^2 does."""
         decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
         groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
@@ -337,12 +336,12 @@ class Dynamics(nn.Module):
 def train_dynamics(cond, act, rew, pred, args, run):
     """Maximum likelihood until the holdout error of every member has stopped falling."""
     device, E = cond.device, args.ensemble_size
-    split = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
-    order = torch.randperm(len(act), generator=split).to(device)
+    generator = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
+    order = torch.randperm(len(act), generator=generator).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
     N = len(train)
-    bootstrap = (torch.randint(N, (E, N), generator=split) if E > 1 else torch.arange(N)[None]).to(device)
+    bootstrap = (torch.randint(N, (E, N), generator=generator) if E > 1 else torch.arange(N)[None]).to(device)
     current = Dynamics(cond.shape[1], act.shape[1], args).to(device)
     x, y = torch.cat([cond, act], -1), torch.cat([rew[:, None], pred - cond], -1)
     mean, std = x[train].mean(0), x[train].std(0, unbiased=False)
@@ -364,7 +363,9 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # far above its error, the model imagines noise
+        fit |= {
+            "expected_mse": logvar.exp().mean()
+        }  # predicted variance; far above holdout_mse the model imagines noise
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -374,7 +375,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
 
 
 def train_rollout_policy(cond, act, args, run):
-    """Uniform, or CVAE or RBC on the data (ROMI Alg. 1, l. 7-9). Returns a function: cond (B, O) -> act (B, A)."""
+    """Uniform, or CVAE or RBC on the data (ROMI Alg. 1, l. 6-9). Returns a function: cond (B, O) -> act (B, A)."""
     obs_dim, act_dim = cond.shape[1], act.shape[1]
     if args.rollout_policy == "uniform":  # "an extremely diverse policy in easy tasks" (ROMI Sec. 3)
         return lambda cond: 2 * torch.rand(len(cond), act_dim, device=cond.device) - 1
@@ -396,8 +397,8 @@ def train_rollout_policy(cond, act, args, run):
 
 
 def termination_fn(task, data, args):
-    """(obs, act, next_obs) -> (B,) bool: has the MDP ended with this transition? The rules of Gymnasium's v4 robots."""
-    domain = task.domain if args.imagined_ends else "endless"
+    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? The rules of Gymnasium's v4 robots."""
+    domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
     def terminates(obs, act, next_obs):
@@ -410,7 +411,7 @@ def termination_fn(task, data, args):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(finite)  # halfcheetah and maze2d never end
+        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never end
 
     check_ends(terminates, domain, data)
     return terminates
@@ -435,23 +436,24 @@ def row_sampler(rows, returns=None):
 @torch.no_grad()
 def imagine(starts, dynamics, rollout_policy, terminates, args):
     """Forward rollouts until the buffer is full (ROMI Alg. 1, l. 10-14); starts: size -> states of the data (size, O).
-    Returns rows (M, 2 O + A + 2), and 500 chains to look at: h lists [obs, act, next_obs], in the order imagined."""
+    Returns rows (M, 2 O + A + 2), and up to 500 chains to look at: h lists [obs, act, next_obs], as imagined."""
     M = args.model_buffer_size
     num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # whole chains in a small buffer, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")
     while filled < M:
         cond = starts(num_starts)  # states s_t, l. 12
-        for _ in range(args.horizon):
+        for _ in range(args.horizon):  # l. 11
             act = rollout_policy(cond)  # a_t ~ G(.|s_t), l. 13
             pred, rew = dynamics.sample(cond, act)  # s_t+1, r_t ~ p(.|s_t, a_t), l. 13
             obs, next_obs = cond, pred
-            terminated = terminates(obs, act, next_obs)  # about the imagined end of the transition
+            terminated = terminates(obs, act, next_obs)  # judged at next_obs, the imagined state
             rows = pack(obs, act, rew, next_obs, terminated)[: M - filled]
             buffer = rows.new_empty(M, rows.shape[1]) if buffer is None else buffer
             buffer[filled : filled + len(rows)] = rows  # l. 14
             filled += len(rows)
-            if len(chains) < args.horizon:
-                chains.append([x[: min(500, len(rows))] for x in (obs, act, next_obs)])
+            if len(chains) < args.horizon:  # of the first rollout; a chain that ends is no longer looked at
+                n = len(chains[0][0]) if chains else min(500, len(rows))
+                chains = [[x[:n][~terminated[:n]] for x in step] for step in (*chains, (obs, act, next_obs))]
             cond = pred[~terminated]  # one step on in time; a chain that ended stays ended
         bar.update(filled - bar.n)
     bar.close()
@@ -512,7 +514,7 @@ class BCQ:
 
     def update(self, obs, act, rew, next_obs, terminated):
         """Generator, Q functions, perturbation, targets, in this order; returns metrics."""
-        with self.autocast():  # one context a loss: it keeps the bfloat16 copies of the weights that it has made
+        with self.autocast():  # one context a loss: autocast caches bfloat16 weights, which a step makes stale
             vae_loss = self.vae_loss(obs, act)
         descend(self.vae_opt, vae_loss)
         with self.autocast():
@@ -543,8 +545,8 @@ class BCQ:
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
 # Flags that decide a model, beside data and direction: --dynamics-from takes one for which they are equal.
-MODEL = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
-MODEL |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
+MODEL_FLAGS = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
+MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
 
 def resolve(args, task):
@@ -576,12 +578,11 @@ class Run:
         plumbing.write_file(self.folder / "config.json", json.dumps(config, indent=1) + "\n")
         (self.folder / "result.json").unlink(missing_ok=True)
         self.wandb = plumbing.start_wandb(args, config, self.folder) if args.track else None
-        at = "".join(f", {state['step']} steps of {phase} done" for phase, state in self.states.items())
-        print(f"{self.folder}: {config['dataset']['transitions']} transitions{at or ', new run'}", file=sys.stderr)
+        print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Numbers of the steps of a phase that are left. `parts`, objects with a state dict, are restored before the
-        first, with the random numbers, and saved to <phase>.pt after every so many steps and after the last."""
+        """Yields numbers of the steps left. `parts`, objects with a state dict, are restored before the first with the
+        random numbers, and saved to <phase>.pt after every so many steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -616,8 +617,7 @@ class Run:
         plumbing.to_wandb(self, lambda run: run.log(row))
 
     def finish(self, **more):
-        rate = (self.args.total_updates - self.begin[0]) / max(self.worked - self.begin[1], 1e-9)
-        result = plumbing.summary(self.config, self.args, self.evals, self.worked, rate) | more
+        result = plumbing.summary(self) | more
         plumbing.write_file(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         plumbing.to_wandb(self, lambda run: (run.summary.update(result), run.finish()))
         print(f"{self.folder}: normalized score {result['normalized_score']}, return {result['return_mean']}")
@@ -629,13 +629,13 @@ def main(args):
     device = plumbing.start(args)
     data = load_dataset(task, args.dataset)
     envs = [make_env(task) for _ in range(args.eval_episodes)]
-    config = plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL)
+    config = plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL_FLAGS)
     run = Run(args, config)
     if run.finished:
         return
     obs_dim, act_dim, returns = data.obs.shape[1], data.act.shape[1], data.trajectory_returns()
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
-    real = row_sampler(rows, returns if args.priority_policy else None)
+    draw_real = row_sampler(rows, returns if args.priority_policy else None)
     num_model = round(args.model_ratio * args.batch_size)
 
     if num_model:  # every phase has a seed of its own: a resumed run imagines the same rows again
@@ -644,21 +644,21 @@ def main(args):
         torch.manual_seed(4 * args.seed)
         dynamics = train_dynamics(cond, act, rew, pred, args, run)  # ROMI Alg. 1, l. 2-5
         torch.manual_seed(4 * args.seed + 1)
-        rollout_policy = train_rollout_policy(cond, act, args, run)  # l. 7-9
+        rollout_policy = train_rollout_policy(cond, act, args, run)  # l. 6-9
         torch.manual_seed(4 * args.seed + 2)
         starts = row_sampler(data.obs.to(device), returns if args.priority_rollout else None)
         imagined, chains = imagine(starts, dynamics, rollout_policy, termination_fn(task, data, args), args)  # l. 10-14
-        model = row_sampler(imagined)  # D_model
+        draw_imagined = row_sampler(imagined)  # from D_model
 
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
     agent = BCQ(obs_dim, act_dim, args, device)
-    for step in run.steps("agent", args.total_updates, args.checkpoint_every, **agent.parts):  # l. 15, 16
-        if num_model and step == 1:
+    for step in run.steps("agent", args.total_updates, args.checkpoint_every, **agent.parts):
+        if num_model and step == 1:  # here, so that a resumed run does not log it again
             run.log(0, describe_imagination(task, *unpack(imagined, obs_dim, act_dim), chains, run.folder))
-        batch = real(args.batch_size - num_model)
+        batch = draw_real(args.batch_size - num_model)
         if num_model:
-            batch = torch.cat([batch, model(num_model)])
-        metrics = agent.update(*unpack(batch, obs_dim, act_dim))
+            batch = torch.cat([batch, draw_imagined(num_model)])  # l. 15
+        metrics = agent.update(*unpack(batch, obs_dim, act_dim))  # l. 16
         if step % args.log_every == 0 or step == args.total_updates:
             run.log(step, metrics)
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):

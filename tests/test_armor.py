@@ -74,14 +74,9 @@ def constant_model(mean, logvar=-30.0):
     return model
 
 
-class Slope:
-    """A policy: tanh of the state times a number, almost without noise."""
-
-    def __init__(self, slope):
-        self.slope = slope
-
-    def __call__(self, obs):
-        return self.slope * obs, torch.full_like(obs, -30.0)
+def slope(k):
+    """A policy: tanh of the state times k, almost without noise."""
+    return lambda obs: (k * obs, torch.full_like(obs, -30.0))
 
 
 # --- losses ---
@@ -133,52 +128,41 @@ def test_values_are_clipped_to_what_rewards_allow():
         torch.testing.assert_close(error, (q - target).square().mean(1))
 
 
-def adversary_by_hand(agent, obs, act, pi_act, ref_act, rew, next_obs, next_act, terminated, fit):
-    """Eq. 4 written out, for beta = 4 and lambda = 1."""
-    w, discount, loss = agent.args.target_weight, 0.99 * (1 - terminated), 0
+@pytest.mark.parametrize("made", [game, atac], ids=["armor", "atac"])
+def test_loss_of_the_adversary_and_its_gradients_by_hand(made):
+    """Eq. 4 for beta = 4, lambda = 1: signs, means over all of D_M, model or data, what is differentiated through what."""
+    w, fit = 0.3, 0
+    agent, (obs, act, rew, next_obs, terminated, known, more) = game(replace(ARGS, target_weight=w), ends_right)
+    for p in agent.target_qf.parameters():  # else they are the critics, and which of the two is asked would not matter
+        p.data.add_(0.1 * torch.randn_like(p))
+    learnt, outcome = [*agent.qf.parameters()], (rew, next_obs, terminated, known)
+    if made is atac:
+        agent.begin_game(None)
+    else:
+        obs, act = torch.cat([obs, more[0]]), torch.cat([act, more[1]])
+        learnt += [*agent.model.weight, *agent.model.bias]
+    pi_act, ref_act = 2 * torch.rand(len(obs), 2) - 1, 2 * torch.rand(len(obs), 2) - 1
+    torch.manual_seed(1)
+    loss, metrics = agent.adversary_loss(obs, act, pi_act, None if made is atac else ref_act, *outcome)
+    torch.manual_seed(1)
+    if made is atac:
+        ref_act = act
+    else:
+        mean, logvar = m.gaussian(agent.model, obs, act)
+        fit = m.data_fit(mean[:10], logvar[:10], obs[:10], rew, next_obs, known, 1.0)
+        rew, next_obs = mean[:, 0], obs + mean[:, 1:] + (0.5 * logvar[:, 1:]).exp() * torch.randn_like(obs)
+        terminated = (next_obs[:, 0] > 1).float()
+    assert 0 < terminated.sum() < len(obs)
+    next_act, _ = m.sample_action(agent.policy, next_obs)
+    discount, expected = 0.99 * (1 - terminated), 0
     target = rew + discount * agent.target_qf(next_obs, next_act).amin(0)
     for q in (agent.qf.q1, agent.qf.q2):
         value = lambda s, a, q=q: q(torch.cat([s, a], -1)).squeeze(-1)  # noqa: E731
         residual = value(obs, act) - rew - discount * value(next_obs, next_act)
         error = (1 - w) * residual.square().mean() + w * (value(obs, act) - target).square().mean()
-        loss += (value(obs, pi_act) - value(obs, ref_act)).mean() / 4 + error + fit
-    return loss
-
-
-def test_atac_loss_by_hand_uses_the_datas_rewards_successors_and_actions():
-    agent, (obs, act, rew, next_obs, terminated) = atac(), batch(20)
-    pi_act = 2 * torch.rand(20, 2) - 1
-    torch.manual_seed(1)
-    loss, metrics = agent.adversary_loss(obs, act, pi_act, None, rew, next_obs, terminated, None)
-    torch.manual_seed(1)
-    next_act, _ = m.sample_action(agent.policy, next_obs)
-    expected = adversary_by_hand(agent, obs, act, pi_act, act, rew, next_obs, next_act, terminated, 0)
+        expected += (value(obs, pi_act) - value(obs, ref_act)).mean() / 4 + error + fit
     torch.testing.assert_close(loss, expected)
-    assert metrics["q/reference"] == metrics["q/data"]
-    metrics = atac(reference=some_reference()).update(obs, act, rew, next_obs, terminated)
-    assert metrics["q/reference"] != metrics["q/data"]
-
-
-def test_armor_loss_and_its_gradients_by_hand():
-    """Signs, means over all of D_M, the model in place of the data, and what is differentiated through what."""
-    agent, rows = game(replace(ARGS, target_weight=0.3), ends_right)
-    for p in agent.target_qf.parameters():  # else they are the critics, and which of the two is asked would not matter
-        p.data.add_(0.1 * torch.randn_like(p))
-    obs, act = torch.cat([rows[0], rows[-1][0]]), torch.cat([rows[1], rows[-1][1]])
-    pi_act, ref_act = 2 * torch.rand(20, 2) - 1, 2 * torch.rand(20, 2) - 1
-    torch.manual_seed(1)
-    loss, metrics = agent.adversary_loss(obs, act, pi_act, ref_act, *rows[2:6])
-    torch.manual_seed(1)
-    mean, logvar = m.gaussian(agent.model, obs, act)
-    next_obs = obs + mean[:, 1:] + (0.5 * logvar[:, 1:]).exp() * torch.randn(20, 2)
-    next_act, _ = m.sample_action(agent.policy, next_obs)
-    terminated = (next_obs[:, 0] > 1).float()
-    assert 0 < terminated.sum() < 20
-    fit = m.data_fit(mean[:10], logvar[:10], *(rows[i] for i in (0, 2, 3, 5)), 1.0)
-    expected = adversary_by_hand(agent, obs, act, pi_act, ref_act, mean[:, 0], next_obs, next_act, terminated, fit)
-    torch.testing.assert_close(loss, expected)
-    params = [*agent.qf.parameters(), *agent.model.weight, *agent.model.bias]
-    gradients = (torch.autograd.grad(x, params, retain_graph=True) for x in (loss, expected))
+    gradients = (torch.autograd.grad(x, learnt, retain_graph=True) for x in (loss, expected))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     gap = agent.qf(obs, pi_act)[0].mean() - agent.qf(obs, ref_act)[0].mean()
     torch.testing.assert_close(metrics["losses/relative"], gap.detach(), atol=1e-6, rtol=1e-4)
@@ -201,9 +185,6 @@ def test_policies_are_paid_for_entropy_and_climb_the_first_critic(alpha, of_q, o
     cloned = -m.squashed_log_prob(*agent.policy(obs), act).mean()
     assert seen[-1][0] is agent.policy_opt
     torch.testing.assert_close(seen[-1][1], of_q * cloned + of_entropy * sampled)
-
-
-# --- who moves what ---
 
 
 def test_players_move_their_own_networks_only(monkeypatch):
@@ -229,29 +210,16 @@ def test_players_move_their_own_networks_only(monkeypatch):
     assert all(p.grad is None for p in agent.reference.parameters())
 
 
-def test_without_bellman_error_the_model_rests():
-    agent, rows = game(replace(ARGS, bellman_weight=0.0))
-    before = copies(agent)
-    agent.update(*rows)  # relative pessimism gives it no gradient, and weight decay alone would take Adam's full steps
-    assert "model" not in changed(before, agent)
-
-
-@pytest.mark.parametrize("made", [game, atac], ids=["armor", "atac"])
-def test_bfloat16_is_close_update_after_update(made):
+def test_bfloat16_is_close_update_after_update():
     """Large steps: no update works with stale copies of weights. The model stays float32 without its own flag."""
     args, losses = replace(ARGS, hidden=(16, 16, 16), fast_lr=0.01, slow_lr=0.01, tau=0.5), []
     for bf16 in (False, True):
         torch.manual_seed(0)
         agent, rows = game(replace(args, bf16=bf16), n=64)
-        if made is atac:
-            agent.begin_game(agent.reference)
-            rows = rows[:5]
-        losses.append([])
-        for _ in range(5):
-            losses[-1].append(agent.update(*rows))
+        losses.append([agent.update(*rows) for _ in range(5)])
     out = [torch.tensor([list(x.values()) for x in each]) for each in losses]
     torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
-    assert (out[0] != out[1]).any() and losses[0][0].get("losses/data_fit") == losses[1][0].get("losses/data_fit")
+    assert (out[0] != out[1]).any() and losses[0][0]["losses/data_fit"] == losses[1][0]["losses/data_fit"]
     with agent.autocast():
         q = agent.qf(*rows[:2])
     assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
@@ -278,6 +246,9 @@ def test_the_game_begins_with_a_slow_policy_a_new_temperature_and_a_resting_mode
     for beta, weight in ((4.0, 100.0), (0.5, 50.0)):  # as the data fit, which counts lambda min(1, beta)
         groups = game(replace(ARGS, fit_weight=100.0, bellman_weight=beta))[0].adversary_opt.param_groups
         assert [g["weight_decay"] for g in groups] == pytest.approx([weight * d for d in decays])
+    assert (
+        len(game(replace(ARGS, bellman_weight=0.0))[0].adversary_opt.param_groups) == 1
+    )  # without E^w the model rests
     for step, rate in ((250, 2.5e-4), (500, 5e-4), (10_000, 5e-4), (1, 1e-6)):
         agent.ramp_model(step)
         assert [g["lr"] for g in agent.adversary_opt.param_groups] == [5e-4, *[pytest.approx(rate)] * 6]
@@ -285,20 +256,6 @@ def test_the_game_begins_with_a_slow_policy_a_new_temperature_and_a_resting_mode
     agent.update(*rows)
     moved = {k: (p - before[k]).abs().max().item() for k, p in copies(agent).items()}
     assert 0 < moved["policy.net.0.weight"] < 6e-7 and 0 < moved["model.weight.0"] < 1.1e-6
-
-
-def test_warm_start_clones_the_given_actions_and_learns_their_values():
-    agent = m.ARMOR(2, 2, replace(ATAC, fast_lr=3e-3, hidden=(32, 32)), CPU, VALUES)
-    target = torch.tensor([0.5, -0.3])
-    for _ in range(400):
-        obs, _, _, next_obs, _ = batch(64)
-        agent.warm_up(obs, target.expand(64, 2), torch.ones(64), next_obs, torch.ones(64), target.expand(64, 2))
-    obs = torch.randn(50, 2)
-    torch.testing.assert_close(agent.act(obs).mean(0), target, atol=0.1, rtol=0)
-    assert agent.qf(obs, target.expand(50, 2)).mean().item() == pytest.approx(1, abs=0.1)  # every row ends, with 1
-
-
-# --- the guard on the model ---
 
 
 def test_fit_and_shift_of_the_model_by_hand():
@@ -309,9 +266,9 @@ def test_fit_and_shift_of_the_model_by_hand():
     assert fit["reward_error"].item() == pytest.approx(1.0, rel=1e-4)  # root of 2^2 / 4
     assert fit["state_error"].item() == pytest.approx(0, abs=1e-4) and fit["nll"].item() == pytest.approx(nll, rel=1e-4)
     r = m.Rollouts(torch.tensor([[0.0, 7.0], [4.0, 7.0]]), 2, 3, never, ARGS)  # a constant column: no division by 0
-    r.advance(1, torch.zeros(3, 2), Slope(0.5), Slope(0.5), model)
+    r.advance(1, torch.zeros(3, 2), slope(0.5), slope(0.5), model)
     f_1 = SimpleNamespace(q1=lambda x: x[:, :2] @ torch.tensor([[2.0], [10.0]]) + 100)
-    agent = SimpleNamespace(qf=f_1, policy=Slope(0.5), terminates=never, args=replace(ARGS, gamma=0.9), model=model)
+    agent = SimpleNamespace(qf=f_1, policy=slope(0.5), terminates=never, args=replace(ARGS, gamma=0.9), model=model)
     shift = m.model_shift(fitted, r, agent)
     assert shift["reward_shift"].item() == pytest.approx(0.2, rel=1e-4)
     assert shift["state_shift"].item() == pytest.approx((0.3**2 / 2) ** 0.5, rel=1e-4)
@@ -331,7 +288,7 @@ def test_imagined_return_by_hand():
         ([math.nan, 0.5, 0.0], never, 1000, -20),
     ):
         args, model = replace(ARGS, gamma=0.9, horizon=horizon), constant_model(mean)
-        agent = SimpleNamespace(policy=Slope(0.5), terminates=terminates, args=args, values=(-20.0, 20.0))
+        agent = SimpleNamespace(policy=slope(0.5), terminates=terminates, args=args, values=(-20.0, 20.0))
         before = torch.get_rng_state()
         assert m.imagined_return(model, obs, agent).item() == pytest.approx(expected, rel=1e-4)
         assert torch.equal(torch.get_rng_state(), before)  # looking changes no run
@@ -347,25 +304,30 @@ def rollouts(terminates=never, rollout_margin=1e6, **flags):
 
 
 def test_rollouts_restart_every_h_updates_and_follow_the_model_between():
-    r, model = rollouts(horizon=4), constant_model([0.0, 0.25, 0.0])
+    r, model = rollouts(horizon=4), constant_model([7.0, 0.25, 0.0])
     for k in range(9):
         starts = torch.rand(3, 2) + 10 * k
         r.states[3:] += 0.1  # the two sets of states need not agree
         old = r.states.clone()
-        r.advance(k + 1, starts, Slope(0.5), Slope(-0.25), model)
+        r.advance(k + 1, starts, slope(0.5), slope(-0.25), model)
         pairs = r.pairs[6 * k : 6 * k + 6]
         begin = starts.repeat(2, 1) if k % 4 == 0 else old
         assert torch.equal(pairs[:, :2], begin)  # the states that the actions were taken in; pi first, then pi_ref
         torch.testing.assert_close(pairs[:, 2:], torch.cat([0.5 * begin[:3], -0.25 * begin[3:]]).tanh())
         torch.testing.assert_close(r.states, begin + torch.tensor([0.25, 0.0]))
-    assert r.added == 54 and not r.states.requires_grad and all(p.grad is None for p in model.parameters())
+    assert r.added == 54 and not r.states.requires_grad
+    r.terminates = ends_right  # of the warm start, on pairs of D_model
+    obs, act, rew, next_obs, terminated = r.transitions(50, model)
+    torch.testing.assert_close(next_obs, obs + torch.tensor([0.25, 0.0]))
+    assert torch.equal(terminated, ends_right(obs, act, next_obs).float()) and 0 < terminated.sum() < 50
+    assert {*map(tuple, torch.cat([obs, act], 1).tolist())} <= {*map(tuple, r.pairs.tolist())} and (rew == 7).all()
 
 
 def test_rollouts_that_ended_overflowed_or_left_the_data_begin_again_in_the_minibatch():
     r, model = rollouts(ends_right, rollout_margin=0.1), constant_model([0.0, 0.9, 0.0])
     starts = torch.tensor([[0.0, 0.5], [-0.2, 0.0], [-0.2, -1.3]])
     r.states = torch.tensor([[0.0, 0.0], [0.5, 0.0], [-0.5, -1.25]] + [[-1.0, 0.0], [math.nan, 0.0], [math.inf, 0.0]])
-    stats = r.advance(2, starts, Slope(0.5), Slope(0.5), model)
+    stats = r.advance(2, starts, slope(0.5), slope(0.5), model)
     after = torch.tensor([[0.9, 0.0], [-0.2, 0.0], [-0.2, -1.3]] + [[-0.1, 0.0], [-0.2, 0.0], [-0.2, -1.3]])
     torch.testing.assert_close(r.states, after)  # the range, 2 wide, goes from -1.2 to 1.2; a start may lie outside
     assert stats["model/rollout_ended"].item() == pytest.approx(3 / 6)
@@ -380,7 +342,7 @@ def test_the_buffer_keeps_the_last_pairs():
     assert [x.shape for x in r.sample(10)] == [(0, 2), (0, 2)]  # D_model is empty at first
     for k in range(5):  # 30 pairs, in states that say when they were made
         r.states.fill_(k)
-        r.advance(k + 2, torch.zeros(3, 2), Slope(0.5), Slope(0.5), model)
+        r.advance(k + 2, torch.zeros(3, 2), slope(0.5), slope(0.5), model)
         assert [x.shape for x in r.sample(50)] == [(50, 2), (50, 2)]
         assert len(r.state_dict()["pairs"]) == min(6 * k + 6, 20)  # the filled part
     drawn = r.sample(6000)[0][:, 0].int().bincount(minlength=5)  # the oldest ten are gone
@@ -389,17 +351,8 @@ def test_the_buffer_keeps_the_last_pairs():
     other.load_state_dict(r.state_dict())
     for a in (r, other):
         torch.manual_seed(1)
-        a.advance(6, torch.zeros(3, 2), Slope(0.5), Slope(0.5), model)
+        a.advance(6, torch.zeros(3, 2), slope(0.5), slope(0.5), model)
     assert torch.equal(r.pairs, other.pairs) and torch.equal(r.states, other.states) and r.added == other.added == 36
-
-
-def test_transitions_of_the_warm_start_are_the_models():
-    r, model = rollouts(ends_right), constant_model([7.0, 0.25, 0.0])
-    r.advance(1, torch.tensor([[0.9, 0.0], [0.5, 0.0], [-0.5, 0.0]]), Slope(0.5), Slope(-0.25), model)
-    obs, act, rew, next_obs, terminated = r.transitions(100, model)
-    torch.testing.assert_close(next_obs, obs + torch.tensor([0.25, 0.0]))
-    assert (rew == 7).all() and torch.equal(terminated, (obs[:, 0] == 0.9).float()) and 0 < terminated.sum() < 100
-    assert {tuple(row) for row in torch.cat([obs, act], 1).tolist()} == {tuple(row) for row in r.pairs[:6].tolist()}
 
 
 # --- reference policies ---
@@ -506,30 +459,30 @@ def test_settings():
             resolved(flags)
 
 
-SMALL = "--env hopper-medium-replay --total-updates 40 --batch-size 20 --hidden 16 16 --dynamics-hidden 16 "
-SMALL += (
-    "--dynamics-max-epochs 2 --warm-start-updates 30 --horizon 7 --pairs-kept 330 --eval-every 20 --eval-episodes 2 "
-)
-SMALL += "--log-every 10 --checkpoint-every 20 --num-threads 1"  # 20 pairs an update: overwritten from the 17th on
+SMALL = """--env hopper-medium-replay --total-updates 40 --batch-size 20 --hidden 16 16 --dynamics-hidden 16 --horizon 7
+--dynamics-max-epochs 2 --warm-start-updates 30 --pairs-kept 330 --eval-every 20 --eval-episodes 2 --num-threads 1
+--log-every 10 --checkpoint-every 20"""  # D_model gets 20 pairs an update, and is overwritten from the 17th on
+NETS = ("policy", "qf", "target_qf")
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """A function: folder, flags -> folder of a run in it, on 40 episodes of 50 steps, half of them terminal."""
-    rng, path, ends = (
-        np.random.default_rng(0),
-        tmp_path_factory.mktemp("data") / "small.hdf5",
-        np.arange(2000) % 50 == 49,
-    )
-    obs, terminals = rng.normal(size=(2000, 11)).cumsum(0) * 0.01, np.arange(2000) % 100 == 99
-    obs[:, 0] = 1.2
+def data_file(tmp_path_factory):
+    """40 episodes of 50 steps; every other one ends by a terminal without a successor."""
+    rng, path, n = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "small.hdf5", np.arange(2000)
+    obs = rng.normal(size=(2000, 11)).cumsum(0) * 0.01
+    obs[:, 0], obs[:, 1], terminals = 1.2, 0.0, n % 100 == 99
     with h5py.File(path, "w") as f:
         f["observations"], f["actions"] = obs.astype("f4"), rng.uniform(-1, 1, (2000, 3)).astype("f4")
-        f["rewards"], f["terminals"], f["timeouts"] = rng.normal(size=2000).astype("f4"), terminals, ends & ~terminals
+        f["rewards"], f["terminals"], f["timeouts"] = rng.normal(size=2000).astype("f4"), terminals, n % 100 == 49
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(data_file):
+    """A function: folder, flags -> folder of the run in it"""
 
     def run(folder, flags=""):
-        command = f"{SMALL} {flags} --dataset {path} --run-dir {folder}"
-        m.main(tyro.cli(m.Args, args=command.split()))
+        m.main(tyro.cli(m.Args, args=f"{SMALL} --dataset {data_file} --run-dir {folder} {flags}".split()))
         return max(folder.iterdir(), key=lambda run: run.stat().st_mtime)
 
     return run
@@ -554,11 +507,8 @@ def same(x, y, *names):
 
 
 def test_a_run_compares_the_policy_with_its_reference(whole):
-    result, evals, losses = (
-        json.loads((whole / "result.json").read_text()),
-        lines(whole, "eval/return"),
-        lines(whole, "q/alpha"),
-    )
+    evals, losses = lines(whole, "eval/return"), lines(whole, "q/alpha")
+    result = json.loads((whole / "result.json").read_text())
     assert [e["update"] for e in evals] == [20, 40] and [r["update"] for r in losses] == [10, 20, 30, 40]
     assert evals[0]["reference/return"] == evals[1]["reference/return"] == result["reference_return"]
     for gain, name in (("improvement", "return"), ("discounted_improvement", "discounted_return")):
@@ -585,54 +535,51 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_weights(train, whole, tmp_
 
     for key, value in (("model/epoch", 2), ("model/warm_start_update", 30), ("update", 30)):
         killed(key, value)
-    assert same(state(whole), state(train(tmp_path)), "policy", "qf", "target_qf", "model", "rollouts")
+    assert same(state(whole), state(train(tmp_path)), *NETS, "model", "rollouts")
     given = f"--reference {whole} --exp-name second --eval-episodes 0"  # with rollouts in its warm start
     once = train(tmp_path / "once", given)
     for key, value in (("model/warm_start_update", 30), ("update", 30)):
         killed(key, value, given)
-    assert same(state(once), state(train(tmp_path, given)), "policy", "qf", "target_qf", "model", "rollouts")
+    assert same(state(once), state(train(tmp_path, given)), *NETS, "model", "rollouts")
 
 
 def test_atac_begins_where_armor_begins_and_may_take_its_warm_start(train, whole, tmp_path, monkeypatch):
-    flags = "--model-ratio 0 --eval-episodes 0"
-    own = train(tmp_path / "own", flags)
-    assert same(state(own, "warm_start"), state(whole, "warm_start"), "policy", "qf", "target_qf")
+    own = train(tmp_path / "own", flags := "--model-ratio 0 --eval-episodes 0")
+    assert same(state(own, "warm_start"), state(whole, "warm_start"), *NETS)
     assert not {"model", "rollouts"} & state(own).keys()
     monkeypatch.setattr(m.ARMOR, "warm_up", None)  # nothing is trained before the game
     given = f"--warm-start-from {whole}/warm_start.pt"
-    taken = train(tmp_path / "taken", f"{flags} {given} --dynamics-from {whole}/dynamics.pt")
-    assert same(state(own), state(taken), "policy", "qf", "target_qf")
-    for flag, word in (("--gamma 0.9", "gamma"), (f"--clone reference --reference {whole}", "cloned")):
-        with pytest.raises(UserError, match=f"another .*{word}"):
-            train(tmp_path / "none", f"{given} {flag}")
-
-
-def test_a_model_of_another_run_must_be_a_single_one(train, whole, tmp_path):
+    assert same(state(own), state(train(tmp_path / "taken", f"{flags} {given}")), *NETS)
     mopos = state(whole, "dynamics")
     mopos["config"]["decides"]["dynamics"]["ensemble_size"] = 7
-    torch.save(mopos, tmp_path / "dynamics.pt")
-    with pytest.raises(UserError, match="another ensemble_size"):
-        train(tmp_path, f"--dynamics-from {tmp_path}/dynamics.pt")
+    torch.save(mopos, tmp_path / "mopo.pt")
+    for flags, word in (
+        (f"{given} --gamma 0.9", "gamma"),
+        (f"{given} --clone reference --reference {whole}", "cloned"),
+        (f"--dynamics-from {tmp_path}/mopo.pt", "ensemble_size"),
+    ):
+        with pytest.raises(UserError, match=f"another .*{word}"):
+            train(tmp_path / word, flags)
 
 
 def test_a_run_improves_on_another_run(train, whole, tmp_path, monkeypatch):
-    theirs, fitted, seen, starts = state(whole)["policy"], state(whole, "dynamics")["dynamics"], [], []
+    theirs, fitted, seen, steps = state(whole)["policy"], state(whole, "dynamics")["dynamics"], [], []
     warm_up, advance = m.ARMOR.warm_up, m.Rollouts.advance
 
-    def spy(self, step, *a):
-        starts.append((step, a[0], all(torch.equal(v, fitted[k]) for k, v in a[3].state_dict().items())))
-        assert all(torch.equal(v, theirs[k]) for k, v in a[2].state_dict().items())
-        return advance(self, step, *a)
+    def spy(self, step, starts, policy, reference, model):
+        steps.append((step, starts, same({"M": fitted}, {"M": model.state_dict()}, "M")))
+        assert same({"net": theirs}, {"net": reference.state_dict()}, "net")
+        return advance(self, step, starts, policy, reference, model)
 
     monkeypatch.setattr(m.ARMOR, "warm_up", lambda self, *a: (seen.append(a), warm_up(self, *a))[1])
     monkeypatch.setattr(m.Rollouts, "advance", spy)
     folder = train(tmp_path, f"--reference {whole} --exp-name second")
-    assert [len(a[0]) for a in seen] == [10] + 29 * [20] and not any(
-        a[-1] is not None for a in seen
-    )  # nothing is cloned
-    assert [k for k, *_ in starts] == [*range(1, 31), *range(1, 41)]
-    assert all(as_fitted for _, _, as_fitted in starts[:30]) and not starts[-1][2]
-    assert all(torch.equal(a[0][:10], s) for a, (_, s, _) in zip(seen, starts, strict=False))  # rows of the data first
+    assert [len(a[0]) for a in seen] == [10] + 29 * [20] and {a[-1] for a in seen} == {None}  # nothing is cloned
+    assert [step for step, *_ in steps] == [*range(1, 31), *range(1, 41)]
+    assert all(as_fitted for *_, as_fitted in steps[:30]) and not steps[-1][-1]
+    assert all(
+        torch.equal(a[0][:10], starts) for a, (_, starts, _) in zip(seen, steps, strict=False)
+    )  # the data's rows
     assert same({"policy": theirs}, state(folder, "warm_start"), "policy")  # pi begins as the reference itself
     assert not same({"policy": theirs}, state(folder), "policy") and state(folder)["rollouts"]["added"] == 40 * 20
     evals, given = lines(folder, "eval/return"), lines(whole, "eval/return")[-1]  # as that run evaluated itself
@@ -642,34 +589,32 @@ def test_a_run_improves_on_another_run(train, whole, tmp_path, monkeypatch):
         train(tmp_path, "--exp-name second")
 
 
-@pytest.mark.parametrize(
-    "log_std, flags", [(-3.0, ""), (0.0, ""), (-3.0, "--target-entropy -2"), (-3.0, "--clone data")]
-)
-def test_a_copied_policy_is_allowed_by_its_target_entropy(train, tmp_path, collector, log_std, flags):
-    sac = collector.Policy(11, 3, 16)
+def test_a_copied_policy_is_allowed_by_its_target_entropy(train, tmp_path, collector):
+    sac, own = collector.Policy(11, 3, 16), 3 * (-3 + 0.5 * math.log(2 * math.pi * math.e))
     with torch.no_grad():
-        sac.head.bias[3:] = log_std
+        sac.head.bias[3:] = -3.0  # of the log standard deviation
         sac.head.weight.mul_(0.01)
     torch.save({"agent": {"policy": sac.state_dict()}}, tmp_path / "policy_7.pt")
-    flags += f" --reference {tmp_path}/policy_7.pt --total-updates 1 --warm-start-updates 1 --model-ratio 0 --eval-episodes 0"
-    (row,) = lines(train(tmp_path / "runs", flags), "q/target_entropy")
-    own = 3 * (log_std + 0.5 * math.log(2 * math.pi * math.e))
-    expected = -2 if "-2" in flags else -3 if "--clone" in flags or not log_std else pytest.approx(own, abs=0.2)
-    assert row["q/target_entropy"] == expected
+    given = f"--reference {tmp_path}/policy_7.pt --total-updates 1 --model-ratio 0 --eval-episodes 0 --exp-name x"
+    for k, (more, expected) in enumerate(
+        (("", pytest.approx(own, abs=0.2)), ("--target-entropy -2", -2), ("--clone data", -3))
+    ):
+        folder = train(tmp_path / str(k), f"{given} --warm-start-updates 1 {more}")
+        assert lines(folder, "q/alpha")[0]["q/target_entropy"] == expected
 
 
-def test_the_game_holds_out_what_the_fit_held_out_and_ramps_the_model(train, whole, tmp_path, monkeypatch):
+def test_the_game_holds_out_what_the_fit_held_out_and_ramps_the_model(train, data_file, tmp_path, monkeypatch):
     seen, ramps, update = [], [], m.ARMOR.update
     monkeypatch.setattr(m.ARMOR, "ramp_model", lambda self, step: ramps.append(step))
     monkeypatch.setattr(m.ARMOR, "update", lambda self, *a: (seen.append((*a, self.v_max)), update(self, *a))[1])
-    train(tmp_path, "--batch-size 2000 --model-ratio 0.7 --pairs-kept 2000 --warm-start-updates 1 --total-updates 3")
+    flags = "--batch-size 2000 --model-ratio 0.7 --pairs-kept 2000 --warm-start-updates 1 --total-updates 3"
+    folder = train(tmp_path, flags)
     assert ramps == [1, 2, 3] and [(len(a[0]), len(a[6][0])) for a in seen] == [(600, 0), (600, 1400), (600, 1400)]
-    data = m.load_dataset(parse_task("hopper-medium-replay"), str(next(tmp_path.parents[0].glob("data*/small.hdf5"))))
-    rows = data.has_next.nonzero().squeeze(1)
-    held_out = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: int(0.2 * len(rows))]]
-    held_out = {tuple(row) for row in data.act[held_out].tolist()}
+    with h5py.File(data_file) as f:
+        act = torch.tensor(f["actions"][:])[np.arange(2000) % 50 != 49]
+    order = torch.randperm(len(act), generator=torch.Generator().manual_seed(0))
+    held_out = {tuple(row) for row in act[order[: int(0.2 * len(act))]].tolist()}
     for _, act, _, _, terminated, known, *_ in seen:
         out = torch.tensor([tuple(row) in held_out for row in act.tolist()])
         assert torch.equal(~known, out | (terminated > 0)) and 0 < out.sum() < len(out)
-    (error,) = {row["model/reward_error_fitted"] for row in lines(next(tmp_path.iterdir()), "q/alpha")}
-    assert seen[0][-1].item() == error  # V_max
+    assert seen[0][-1].item() == lines(folder, "q/alpha")[0]["model/reward_error_fitted"]  # V_max

@@ -134,16 +134,11 @@ def test_bfloat16_is_close_update_after_update():
             out.append(torch.stack(list(a.update(*rows).values())))
         torch.testing.assert_close(*out, rtol=0.05, atol=0.05)
         assert (out[0] != out[1]).any() and out[1].dtype == torch.float32
-    half.qf.load_state_dict(full.qf.state_dict())
-    with half.autocast():
-        q = half.qf(*rows[:2])
-    assert q.dtype == torch.float32 and (q != q.bfloat16()).any()  # the last layer is not rounded
-    torch.testing.assert_close(q, full.qf(*rows[:2]), rtol=0.02, atol=0.02)
     x = torch.tensor([[9.0, 9.0], [9.01, 9.01]])  # at the goal of the large maze: one point in bfloat16
     net = romi_bcq.mlp(2, 8, 8, 1)
     with half.autocast():
         first, hidden, last = net[0](x), net[2](net[0](x)), net[4](x.repeat(1, 4))
-    assert (first[0] != first[1]).all()  # nor is the first
+    assert (first[0] != first[1]).all() and (last != last.bfloat16()).any()  # these are not rounded
     assert [y.dtype for y in (first, hidden, last)] == [torch.float32, torch.bfloat16, torch.float32]
 
 
@@ -171,13 +166,11 @@ def test_settings_of_the_tasks_and_defaults(m):
     assert settings("hopper-medium-replay") == (5, 0.1, "uniform", True, True)
     for robot in ("halfcheetah", "walker2d", "ant"):
         assert settings(f"{robot}-medium") == (1, 0.1, "cvae", True, True)
-    budgets = dict(total_updates=1_000_000, model_buffer_size=4_000_000, rollout_policy_updates=500_000)
     model = dict(ensemble_size=7, num_elites=5, dynamics_hidden=200, dynamics_batch_size=256, dynamics_lr=1e-3)
-    model |= dict(dynamics_max_epochs=None, vae_hidden=750, kl_weight=0.5, latent_clip=0.5)
-    bcq = dict(batch_size=100, gamma=0.99, tau=0.005, lr=1e-3, lmbda=0.75, phi=0.05, hidden=(400, 300))
-    bcq |= dict(bcq_samples=10, eval_samples=100)
-    for name, value in (budgets | model | bcq).items():
-        assert getattr(m.Args(), name) == value, name
+    model |= dict(model_buffer_size=4_000_000, rollout_policy_updates=500_000, kl_weight=0.5, latent_clip=0.5)
+    bcq = dict(total_updates=1_000_000, batch_size=100, gamma=0.99, tau=0.005, lr=1e-3, lmbda=0.75, phi=0.05)
+    bcq |= dict(hidden=(400, 300), vae_hidden=750, bcq_samples=10, eval_samples=100)
+    assert vars(m.Args()) == vars(m.Args()) | model | bcq
 
 
 # --- imagination ---

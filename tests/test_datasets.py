@@ -81,7 +81,6 @@ def test_collected_rows_are_whole_episodes_of_the_environment(collector):
     assert np.abs(data["infos/qpos"][starts] - [0, 1.25, 0, 0, 0, 0]).max() < 0.0051  # starts are resets, all different
     assert len(np.unique(data["observations"][starts], axis=0)) == len(starts)
     assert_same_arrays(data, collect())
-
     env = utils.make_env("hopper")  # qpos and qvel are the state before the action
     env.reset(seed=0)
     for i in (0, len(ends) // 2):
@@ -116,12 +115,10 @@ def test_written_file_is_read_back_and_its_sheet_is_right(collector, tmp_path):
     collector.write(path, data, FACTS, collector.Args(minari=False, seed=3))
     assert sorted(p.name for p in path.parent.iterdir()) == ["hopper_random.hdf5", "hopper_random.json"]
     assert_same_arrays(arrays(path), data)
-
     loaded = load_dataset(parse_task("hopper-random"), str(path))
     names = {"obs": "observations", "act": "actions", "rew": "rewards", "next_obs": "next_observations"}
     assert all(np.array_equal(getattr(loaded, name), data[key]) for name, key in names.items())
     assert loaded.terminated.tolist() == [0, 1, 0, 0, 0, 1] and loaded.trajectory.tolist() == [0, 0, 1, 2, 2, 2]
-
     sheet = json.loads(path.with_suffix(".json").read_text())
     facts = {"transitions": 6, "episodes": 3, "terminals": 2, "timeouts": 1, "bytes": path.stat().st_size}
     facts |= {"return_mean": 21, "return_min": 3, "return_max": 56, "length_mean": 2, "environment": "Hopper-v4"}
@@ -201,10 +198,6 @@ def test_sac_update_moves_each_network_and_the_target_slowly(collector):
 # --- a run, its kill, its resumption ---
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("checkpoint_every, eval_every", [(520, 250), (700, 1000)], ids=["random steps", "learning"])
 def test_run_cut_after_its_first_checkpoint_ends_alike(collector, tmp_path, monkeypatch, checkpoint_every, eval_every):
     """Checkpoint 520 lies between the evaluation due at 500 and the end of the random steps, for which that waits."""
@@ -221,18 +214,17 @@ def test_run_cut_after_its_first_checkpoint_ends_alike(collector, tmp_path, monk
         plain(path, content)
         made.append(path.name)
         if path.name == "checkpoint.pt":
-            raise Killed
+            cut()
 
     torch.manual_seed(0)
     facts, replay, agent, medium, policies = train(tmp_path / "whole")
     torch.manual_seed(0)
-    with monkeypatch.context() as m, pytest.raises(Killed):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(plumbing, "write_file", write_then_die)
         train(tmp_path / "cut")
     assert len(made) == 2 and made[0].startswith("policy_")  # before the checkpoint, not after
     torch.manual_seed(1)  # the random numbers come from the checkpoint
     facts_2, replay_2, *rest = train(tmp_path / "cut")
-
     assert facts == facts_2 and facts["medium_at"] >= 900 and facts["updates"] > 0
     assert all(np.array_equal(a, b) for a, b in zip(replay, replay_2, strict=True))
     assert torch.equal(agent["log_alpha"], rest[0]["log_alpha"])
@@ -250,7 +242,6 @@ def test_keeping_policies_is_no_other_run(collector, tmp_path):
     run(collector, kinds=("expert",), out=tmp_path, keep_policies=True)
     assert [*tmp_path.glob("sac-*")] == [folder] and len([*folder.glob("policy_*.pt")]) == 1
     run(collector, kinds=("expert",), out=tmp_path)  # nor another data set
-
     (tmp_path / "hopper_expert.hdf5").unlink()
     checkpoint = folder / "checkpoint.pt"
     content = bytearray(checkpoint.read_bytes())
@@ -285,12 +276,8 @@ def test_killed_command_gives_the_same_data(collector, tmp_path, capsys):
         assert sheets[1]["episodes"] == data.trajectory[-1] + 1  # only whole episodes
     assert len(data) == sheets[1]["medium_at"] >= 1000
     assert sheets[1]["evaluations"][-1][1] == sheets[1]["medium_eval_return"]
-
     before = path.stat().st_mtime_ns
-    messages = {
-        "medium-replay": "made with --updates-per-step 0.2, --random-steps 300, ",
-        "random": "with --steps 200;",
-    }
+    messages = {"medium-replay": "with --updates-per-step 0.2, --random-steps 300, ", "random": "with --steps 200;"}
     for kind, message in messages.items():
         with pytest.raises(UserError, match=message):  # a trial is not the real data
             run(collector, kinds=(kind,), out=tmp_path / "cut")
@@ -314,10 +301,7 @@ def test_data_sets_do_not_depend_on_which_others_are_made(collector, tmp_path):
 
 
 def test_flags_that_lead_nowhere_are_refused(collector, tmp_path):
-    wrong = {
-        "--medium-band": {"kinds": ("medium-replay",), "medium_band": (8, 9)},
-        "not of hopper": {"kinds": ("jump",)},
-    }
+    wrong = {"--medium-band": {"kinds": ("medium-replay",), "medium_band": (8, 9)}, "of hopper": {"kinds": ("jump",)}}
     wrong |= {"--total-steps 600: must exceed --random-steps 600": {"total_steps": 600}, "--steps 0": {"steps": 0}}
     wrong |= {"by itself": {"env": "halfcheetah", "kinds": ("jump", "random")}}
     for message, flags in wrong.items():

@@ -14,23 +14,18 @@ import pytest
 import romi_bcq
 import romi_cql as m
 import torch
-from test_runs import ROOT, contents, data_file, folder_of, metrics, weights  # noqa: F401 - data_file is a fixture
+from test_runs import ROOT, assert_same_weights, contents, data_file, folder_of, metrics, weights  # noqa: F401 - a fixture
 
 import plumbing
 from plumbing import UserError
 
 TINY = {"env": "hopper-medium-replay", "total-updates": 4, "checkpoint-every": 2, "log-every": 1, "eval-every": 2}
-TINY |= {"eval-episodes": 1, "num-threads": 1, "batch-size": 8, "model-ratio": 0}
+TINY |= {"eval-episodes": 1, "num-threads": 1, "batch-size": 8, "model-ratio": 0, "bc-warmup": 0}
 
 
-def flags_of(data, run_dir):
-    return [
-        *(x for k, v in TINY.items() for x in (f"--{k}", str(v))),
-        "--dataset",
-        str(data),
-        "--run-dir",
-        str(run_dir),
-    ]
+def flags_of(data, run_dir, script=m):
+    flags = {k: v for k, v in TINY.items() if script is m or k != "bc-warmup"} | {"dataset": data, "run-dir": run_dir}
+    return [x for k, v in flags.items() for x in (f"--{k}", str(v))]
 
 
 @pytest.fixture
@@ -224,7 +219,11 @@ def test_a_run_of_another_script_is_refused(command, tmp_path, lost):
     [
         ("loss", (), "loss not finite at update 3"),
         ("policy", ("--log-every", 9, "--eval-every", 3), "actions are not finite"),
-        ("policy", ("--log-every", 9, "--eval-episodes", 0), "weights not finite at step 4: policy"),
+        (
+            "policy",
+            ("--log-every", 9, "--eval-episodes", 0, "--total-updates", 6),
+            "weights not finite at step 4: policy",
+        ),
     ],
 )
 def test_a_run_that_diverges_ends_with_status_3(command, finished, tmp_path, monkeypatch, what, flags, words):
@@ -237,7 +236,7 @@ def test_a_run_that_diverges_ends_with_status_3(command, finished, tmp_path, mon
             self.policy.net[-1].bias.data[0] = torch.nan
         return metrics | ({"losses/td": torch.tensor(torch.nan)} if what == "loss" else {})
 
-    assert command("--total-updates", 2, *flags)[0] == 0
+    assert command(*flags, "--total-updates", 2)[0] == 0
     good = (folder / "agent.pt").read_bytes()
     monkeypatch.setattr(m.CQL, "update", update)
     refused(command(*flags), words, status=3)
@@ -290,7 +289,7 @@ def test_a_full_disk_is_named_and_costs_nothing(command, finished, tmp_path, mon
         refused(command(), f"{folder / name if name == 'agent.pt' else '/dev/full'}: No space left on device")
     assert (folder / "agent.pt").read_bytes() == good and not list(folder.glob("*.part"))
     assert command()[0] == 0 and metrics(folder) == metrics(finished)
-    assert all(v.equal(weights(finished)[k]) for k, v in weights(folder).items())
+    assert_same_weights(weights(folder), weights(finished))
 
 
 def test_wall_time_counts_worked_seconds(command, finished, tmp_path, monkeypatch):
