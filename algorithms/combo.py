@@ -25,7 +25,7 @@ Differences from the paper, and from OfflineRL-Kit:
   5. The Q functions step before the policy, not last. log(1 - a^2) is exact, without + 1e-6.
   6. Rows without a recorded successor train no model, but stay in the learner's batches. OfflineRL-Kit drops them.
   7. Rollouts end by Gymnasium's rules; OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100.
-  8. v2: the cosine runs over --policy-lr-decay updates, whatever the length of the run, so that it can be carried on.
+  8. v2: the cosine runs over --policy-lr-decay updates, not over the run; a run can be carried on up to there.
 """
 
 import copy
@@ -388,8 +388,8 @@ def imagine(starts, dynamics, policy, terminates, args):
     obs = draw(starts, args.rollout_starts)
     rows = []
     for _ in range(args.horizon):
-        mean, log_std = policy(obs)
-        act, _ = squash(mean, log_std, torch.randn_like(mean))
+        policy_mean, log_std = policy(obs)
+        act, _ = squash(policy_mean, log_std, torch.randn_like(policy_mean))
         act = 2 * torch.rand_like(act) - 1 if args.rollout_policy == "uniform" else act
         next_obs, rew = dynamics.sample(obs, act)  # a random elite for every row
         terminated = terminates(obs, act, next_obs)
@@ -500,13 +500,13 @@ class COMBO:
         """Q functions, policy with temperature, targets, in this order; returns metrics."""
         alpha = self.alphas["sac"].detach().exp()
         critic_loss, metrics = self.critic_loss(obs, act, rew, next_obs, terminated, num_real)
-        descend(self.qf_opt, critic_loss)
+        descend(self.qf_opt, critic_loss)  # l. 5
         if self.args.policy_lr_decay:
             rate = 0.5 * (1 + math.cos(math.pi * min(1, (step - 1) / self.args.policy_lr_decay)))
             self.policy_opt.param_groups[0]["lr"] = rate * self.args.policy_lr
         policy_loss, log_prob = self.policy_loss(obs, alpha)
         temperature_loss = -self.alphas["sac"] * (log_prob + self.target_entropy)  # SAC Eq. 18, of log alpha
-        descend(self.policy_opt, policy_loss + temperature_loss)
+        descend(self.policy_opt, policy_loss + temperature_loss)  # l. 6
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target_qf.parameters()), list(self.qf.parameters()), self.args.tau)
         metrics |= {"losses/critic": critic_loss.detach(), "losses/policy": policy_loss.detach()}
@@ -540,7 +540,7 @@ def resolve(args, task):
         tuned |= {"qf_lr": 1e-4 if slow else 3e-4, "policy_lr": 1e-5 if slow else 1e-4, "policy_lr_decay": 0}
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if 0 < args.policy_lr_decay < args.total_updates:
-        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: then the policy stands still until --total-updates")
+        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: the policy's rate is 0 from there on; 0: no decay")
     num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)
     if args.model_ratio > 0 and num_real == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
@@ -643,7 +643,7 @@ def main(args):
             run.log(step - 1, model_buffer.add(step - 1, agent.policy.state_dict()))  # l. 4
         batch = draw(rows, num_real)
         if num_model:
-            batch = torch.cat([batch, draw(model_buffer.rows, num_model)])  # l. 5, 6: D u D_model
+            batch = torch.cat([batch, draw(model_buffer.rows, num_model)])  # D u D_model
         metrics = agent.update(*unpack(batch, obs_dim, act_dim), num_real, step)  # l. 5, 6
         if step % args.log_every == 0 or step == args.total_updates:
             run.log(step, metrics)

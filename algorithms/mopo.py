@@ -26,7 +26,7 @@ Differences from paper and code:
      halfcheetah and walker2d there.
   6. The policy's log standard deviation lies in [-5, 2], as in OfflineRL-Kit; in the code in [-20, 2].
   7. log(1 - a^2) is exact, without + 1e-6; no clamp of SAC's temperature at 1 (OfflineRL-Kit has it).
-  8. v2: the cosine runs over --policy-lr-decay updates, whatever the length of the run, so that it can be carried on.
+  8. v2: the cosine runs over --policy-lr-decay updates, not over the run; a run can be carried on up to there.
 """
 
 import copy
@@ -399,9 +399,9 @@ def imagine(starts, dynamics, policy, terminates, args):
     rollout_starts where some end early, and what to log."""
     obs = draw(starts, args.rollout_starts)  # l. 5
     rows, penalties = [], []
-    for _ in range(args.horizon):
-        mean, log_std = policy(obs)
-        act, _ = squash(mean, log_std, torch.randn_like(mean))  # l. 7
+    for _ in range(args.horizon):  # l. 6
+        policy_mean, log_std = policy(obs)
+        act, _ = squash(policy_mean, log_std, torch.randn_like(policy_mean))  # l. 7
         next_obs, rew = dynamics.sample(obs, act)  # l. 8: a random elite for every row
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16 and args.penalty == "aleatoric"):
             chunks = dynamics.inputs(obs, act).split(1_000)  # which fit into a CPU's caches
@@ -532,7 +532,7 @@ def resolve(args, task):
         tuned |= {"total_updates": 1_000_000, "policy_lr": 3e-4, "policy_lr_decay": 0, "target_entropy": -3.0}
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if 0 < args.policy_lr_decay < args.total_updates:
-        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: then the policy stands still until --total-updates")
+        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: the policy's rate is 0 from there on; 0: no decay")
     num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)
     if args.model_ratio > 0 and num_real == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
@@ -628,10 +628,10 @@ def main(args):
         model_buffer = ModelBuffer(data.obs.to(device), dynamics, terminates, args)
 
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
-    agent = SAC(obs_dim, act_dim, args, device)
+    agent = SAC(obs_dim, act_dim, args, device)  # l. 2
     parts = agent.parts | ({"model_buffer": model_buffer} if num_model else {})
-    for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):  # l. 3
-        if num_model and (step - 1) % args.rollout_every == 0:
+    for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):
+        if num_model and (step - 1) % args.rollout_every == 0:  # l. 3: an epoch
             run.log(step - 1, model_buffer.add(step - 1, agent.policy.state_dict()))  # l. 4-10
         batch = draw(rows, num_real)
         if num_model:

@@ -636,6 +636,8 @@ def main(args):
     args = resolve(args, task)
     device = plumbing.start(args)
     data = load_dataset(task, args.dataset)
+    num_model = round(args.model_ratio * args.batch_size)
+    terminates = termination_fn(task, data, args) if num_model else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     config = plumbing.describe_run(__file__, args, task, data, device, "reverse", MODEL_FLAGS)
     clone_only = args.model_ratio == 0 and args.bc_warmup >= args.total_updates
@@ -646,8 +648,6 @@ def main(args):
     obs_dim, act_dim, returns = data.obs.shape[1], data.act.shape[1], data.trajectory_returns()
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
     draw_real = row_sampler(rows, returns if args.priority_policy else None)
-    num_model = round(args.model_ratio * args.batch_size)
-
     if num_model:  # every phase has a seed of its own: a resumed run imagines the same rows again
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
         cond, pred = next_obs, obs  # backwards
@@ -657,7 +657,7 @@ def main(args):
         rollout_policy = train_rollout_policy(cond, act, args, run)  # l. 6-9
         torch.manual_seed(4 * args.seed + 2)
         starts = row_sampler(data.obs.to(device), returns if args.priority_rollout else None)
-        imagined, chains = imagine(starts, dynamics, rollout_policy, termination_fn(task, data, args), args)  # l. 10-14
+        imagined, chains = imagine(starts, dynamics, rollout_policy, terminates, args)  # l. 10-14
         draw_imagined = row_sampler(imagined)  # from D_model
 
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks

@@ -570,15 +570,8 @@ class IQL:
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "track", "device", "dataset", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "expert_dataset"}
 # Flags that decide a model, beside data and direction: --dynamics-from takes one for which they are equal.
-MODEL_FLAGS = {
-    "seed",
-    "ensemble_size",
-    "dynamics_layers",
-    "dynamics_bf16",
-    "dynamics_optimizer",
-    "dynamics_learning_rate",
-}
-MODEL_FLAGS |= {"dynamics_clip", "dynamics_batch_size"}
+MODEL_FLAGS = {"seed", "ensemble_size", "dynamics_layers", "dynamics_bf16", "dynamics_optimizer", "dynamics_clip"}
+MODEL_FLAGS |= {"dynamics_learning_rate", "dynamics_batch_size"}
 
 
 def resolve(args, task):

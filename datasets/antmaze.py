@@ -9,7 +9,7 @@ Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py
   Nothing ends at a goal, the ant runs on about it.  5. Afterwards a goal of the evaluation is drawn, one for all rows;
   rewards and terminals are 1 where a step ends within 0.5 of it.
 
-    python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes, on a busy machine 40
+    python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes of a core
     python datasets/antmaze.py --task umaze --minari          # also for Minari: --env rewind/antmaze/umaze-v0
     python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated
 
@@ -20,10 +20,11 @@ statistics and sha256. Every 100 episodes are kept on the way: the same command 
 `timeouts` are those of D4RL's v2 files: the last row of each run of the ant, whose successor is not in the file. Runs
 of terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.
 
-Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly (0.8 % of a step).
-Theirs have fewer rewarded rows, in a million 9 155 (umaze), 36 (umaze-diverse), 9 769 and 1 960 (medium), 12 518 and
-6 190 (large), as their numbers of episodes tell; ours depend on the rewarded goal, from which the ant's own may be far
-or not. How play chose its one goal is not known: --goals all draws it from all cells of D4RL's map.
+Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly (0.8 % of a step), and
+theirs have fewer rewarded rows, by their numbers of episodes 9 154 in a million (umaze), 36 (umaze-diverse), 9 768 and
+1 959 (medium), 12 517 and 6 189 (large); ours some 200 000, 200 000, 6 000, 1 500, 170 000 and 26 000, several times
+more or less as the ants' goals lie near the rewarded one or not. How play chose its one goal is not known either:
+--goals all draws it from all of GOALS, as diverse does.
 """
 
 import collections

@@ -50,8 +50,8 @@ def data_file(tmp_path_factory):
     return path
 
 
-def folder_of(run_dir, name, seed=0):
-    return run_dir / f"hopper-medium-replay-v2__{name}__{seed}__small"
+def folder_of(run_dir, name):
+    return run_dir / f"hopper-medium-replay-v2__{name}__0__small"
 
 
 def arguments(script, data_file, run_dir, **flags):
@@ -60,9 +60,8 @@ def arguments(script, data_file, run_dir, **flags):
 
 
 def run(script, data_file, run_dir, **flags):
-    args = arguments(script, data_file, run_dir, **flags)
-    importlib.import_module(script).main(args)
-    return folder_of(run_dir, args.exp_name or script, args.seed)
+    importlib.import_module(script).main(arguments(script, data_file, run_dir, **flags))
+    return folder_of(run_dir, flags.get("exp_name", script))
 
 
 def leaves(x, path=""):
@@ -112,10 +111,8 @@ def test_a_run_leaves_what_the_contract_names(script, whole):
     assert result["normalized_score"] == pytest.approx(100 * (result["return_mean"] + 20.272305) / 3254.572305)
     rows = metrics(whole)
     scores = [r["eval/normalized_score"] for r in rows if "eval/return" in r]
-    assert (
-        result["normalized_score_last_10"] == pytest.approx(sum(scores) / 2) and scores[1] == result["normalized_score"]
-    )
-    assert [r["update"] for r in rows if "eval/return" in r] == [15, 30]
+    assert [r["update"] for r in rows if "eval/return" in r] == [15, 30] and scores[1] == result["normalized_score"]
+    assert result["normalized_score_last_10"] == pytest.approx(sum(scores) / 2)
     losses = [r["update"] for r in rows if any(k.startswith("losses/") for k in r)]
     assert [update for update in losses if update] == [5, 10, 15, 20, 25, 30]
     imagined = sum("model/imagined_reward_min" in r for r in rows)
@@ -152,18 +149,15 @@ def test_a_run_interrupted_in_every_phase_equals_one_left_alone(script, whole, d
             assert not (tmp_path / whole.name / "result.json").exists()
     folder = run(script, data_file, tmp_path)
     assert_same_run(whole, folder)
-    drop = {"wall_time_s", "updates_per_s"}
     a, b = (json.loads((f / "result.json").read_text()) for f in (whole, folder))
-    assert {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
-    assert not list(folder.glob("*.part"))
+    assert a | {"wall_time_s": 0, "updates_per_s": 0} == b | {"wall_time_s": 0, "updates_per_s": 0}
 
 
 def test_without_the_model_it_is_the_base_learner(script, data_file, tmp_path):
     """The same updates as the learner alone, fed from the real rows: no other path, no other random numbers."""
     name, learner, _, extra = SCRIPTS[script]
-    flags = dict(model_ratio=0.0, eval_episodes=0)
+    flags, folder = dict(model_ratio=0.0, eval_episodes=0), folder_of(tmp_path, name)
     run(script, data_file, tmp_path, **flags)
-    folder = folder_of(tmp_path, name)
     assert not any(k.startswith(("model/", "eval/")) for row in metrics(folder) for k in row)
     assert json.loads((folder / "result.json").read_text())["normalized_score"] is None
     m, task = importlib.import_module(script), parse_task("hopper-medium-replay")
@@ -178,8 +172,8 @@ def test_without_the_model_it_is_the_base_learner(script, data_file, tmp_path):
     targets = [p for k, part in agent.parts.items() if k.startswith("target_") for p in part.parameters()]
     assert targets and not any(p.requires_grad for p in targets)  # in the graph, one would keep every update it saw
     mine = leaves({"agent.pt": {k: part.state_dict() for k, part in agent.parts.items()}})
-    saved = weights(folder)
-    assert_same_weights({k: saved[k] for k in saved if "/rng/" not in k}, {k: v for k, v in mine.items() if k in saved})
+    saved = {k: v for k, v in weights(folder).items() if "/rng/" not in k}
+    assert_same_weights(saved, {k: v for k, v in mine.items() if isinstance(v, torch.Tensor)})
 
 
 @pytest.mark.parametrize("script", ROMI)
@@ -199,9 +193,6 @@ def test_batches_are_split_exactly(script, data_file, tmp_path, monkeypatch):
     run(script, data_file, tmp_path, model_ratio=0.7, eval_episodes=0)
     assert set(sizes) == {(14, 20)}
     assert (sevens[:, 0] == 7).all() and not sevens[:, 1:].any()  # learning from imagined rows writes none
-
-
-# --- what Run does is the same in all scripts: tests/test_shared_blocks.py ---
 
 
 def test_steps_yields_what_is_left_and_restores_objects_and_random_numbers(tmp_path):
@@ -260,8 +251,7 @@ def test_a_finished_run_is_left_alone_and_more_updates_carry_it_on(romi, data_fi
     with pytest.raises(UserError, match="another data"):
         run("romi_cql", shorter(data_file, tmp_path), tmp_path, total_updates=20)
     assert contents(folder) == before
-    bookkeeping = dict(checkpoint_every=7, num_threads=2)
-    assert_same_run(romi, run("romi_cql", data_file, tmp_path, **bookkeeping))  # 30 updates
+    assert_same_run(romi, run("romi_cql", data_file, tmp_path, checkpoint_every=7))  # 30 updates
 
 
 def test_a_model_is_taken_from_another_run_if_it_is_the_same_and_trained_on_if_unfinished(romi, data_file, tmp_path):
@@ -277,19 +267,14 @@ def test_a_model_is_taken_from_another_run_if_it_is_the_same_and_trained_on_if_u
     assert_same_weights(weights(romi), weights(folder))
 
 
-@pytest.mark.parametrize(
-    "script, flags, words",
-    [
+def test_a_model_of_another_kind_is_refused(romi, data_file, tmp_path):
+    for script, flags, words in (
         ("romi_cql", dict(seed=1), r"--dynamics-from .*: was made with another seed \(0, here 1\)"),
         ("romi_bcq", dict(dynamics_hidden=8), r"another dynamics_hidden \(16, here 8\)"),
         ("fomi_bcq", {}, r"another direction \(reverse, here forward\)"),
-        ("romi_cql", dict(dataset="shorter"), "another data"),
+        ("romi_cql", dict(dataset=shorter(data_file, tmp_path)), "another data"),
         ("romi_cql", dict(dynamics_max_epochs=3), "4 steps already, more than the 3 asked for"),
         ("romi_cql", dict(dynamics_from="none.pt"), "--dynamics-from none.pt: no such file"),
-    ],
-)
-def test_a_model_of_another_kind_is_refused(romi, data_file, tmp_path, script, flags, words):
-    if "dataset" in flags:
-        flags = dict(dataset=shorter(data_file, tmp_path))
-    with pytest.raises(UserError, match=words):
-        run(script, data_file, tmp_path, **dict(dynamics_from=str(romi / "dynamics.pt")) | flags)
+    ):
+        with pytest.raises(UserError, match=words):
+            run(script, data_file, tmp_path / words, **dict(dynamics_from=str(romi / "dynamics.pt")) | flags)
