@@ -78,10 +78,9 @@ def run_script(main, args_class, doc):
         status = 130
     except OSError as e:
         status, error = 2, f"{e.filename or 'the operating system says'}: {e.strerror or e}"
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and not any(
-            w in str(e) for w in ("alloc", "overflow")
-        ):
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as e:
+        known = isinstance(e, MemoryError | OverflowError | torch.OutOfMemoryError)
+        if not known and not any(word in str(e).lower() for word in ("alloc", "overflow")):
             raise
         status, error = 2, f"out of memory; {largest_size(args)} is the largest size asked for"
     with contextlib.suppress(OSError):  # a pipe that nobody reads any more
@@ -120,6 +119,8 @@ def largest_size(args):
 
 def validate(args):
     """The arguments, checked against the ranges in their types; UserError names the first flag out of range."""
+    if getattr(args, "num_elites", 0) > getattr(args, "ensemble_size", 0):
+        raise UserError(f"--num-elites {args.num_elites}: the model has {args.ensemble_size} members (--ensemble-size)")
     try:
         return TypeAdapter(type(args)).validate_python(asdict(args))
     except ValidationError as e:
@@ -295,8 +296,14 @@ def read_folder(folder, config, bookkeeping, total):
     theirs += [read_json(old)] if old.exists() and (theirs or result.exists()) else []
     if differ := sorted({d for their in theirs for d in differences(config, their, bookkeeping)}):
         raise UserError(f"{folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
-    finished = result.exists() and read_json(result).get("updates") == total
-    if result.exists() and not finished and "agent" not in states:
+    for phase in config.get("decides", ()):  # refused now, not when the phase begins
+        if phase not in states and (other := config["args"].get(f"{phase}_from")):
+            read_other_run(Path(other), phase, config)
+    done = read_json(result) if result.exists() else {}
+    if done.get("script", config["script"]) != config["script"]:
+        raise UserError(f"{folder} holds a run of {done['script']}; give another --run-dir or --exp-name")
+    finished = done.get("updates") == total
+    if done and not finished and "agent" not in states:
         raise UserError(f"{folder} is finished, but without its agent.pt it cannot be carried on")
     return states, finished
 
@@ -369,16 +376,16 @@ def open_log(path, size, evals=()):
     return log
 
 
-def json_line(row):
-    """A line of JSON; NaN and inf become null."""
+def to_json(row, indent=None):
+    """A dict as JSON; NaN and inf become null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(row, allow_nan=False) + "\n"
+    return json.dumps(row, indent=indent, allow_nan=False) + "\n"
 
 
 def append(log, row):
     """A line of metrics.jsonl; an OSError names the file."""
     try:
-        log.write(json_line(row))
+        log.write(to_json(row))
         log.flush()
     except OSError as e:
         raise OSError(e.errno, e.strerror, log.name) from None

@@ -301,11 +301,10 @@ def _find(task, source):
         raise UserError(f"--dataset {source}: {task.id} is a Minari data set; use --dataset auto")
     scripts = {"maze2d": f"maze2d.py --maze {task.kind.split('-')[0]}", "antmaze": f"antmaze.py --task {task.kind}"}
     scripts |= {robot: f"mujoco.py --env {robot} --kinds {task.kind}" for robot in ROBOTS}
-    script = scripts.get(task.domain)
     how = {
         "d4rl": f"place {file} into {D4RL}, or connect to the internet",
         "bundled": f"only hopper-medium-replay ships with the repository, in {BUNDLED}",
-        "generated": f"make it with: python datasets/{script}" if script else "no script makes this data set",
+        "generated": f"make it with: python datasets/{scripts[task.domain]}",
     }
     if source not in ("auto", *task.sources):
         only = ", ".join(task.sources)

@@ -29,7 +29,6 @@ Differences from the paper, and from OfflineRL-Kit:
 """
 
 import copy
-import json
 import math
 import os
 import sys
@@ -565,8 +564,6 @@ class Run:
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = plumbing.open_log(self.folder / "metrics.jsonl", last.get("log_bytes", 0), self.evals)
-        plumbing.write_file(self.folder / "config.json", json.dumps(config, indent=1) + "\n")
-        (self.folder / "result.json").unlink(missing_ok=True)
         self.wandb = plumbing.start_wandb(args, config, self.folder) if args.track else None
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
@@ -578,6 +575,8 @@ class Run:
             state = plumbing.read_other_run(Path(other), phase, self.config)
         if state:
             step = plumbing.restore(state, parts, total, path)
+        plumbing.write_file(self.folder / "config.json", plumbing.to_json(self.config, 1))
+        (self.folder / "result.json").unlink(missing_ok=True)
         self.clock, self.begin = plumbing.Clock(), (step, self.worked)
         self.mark = self.begin
         with plumbing.progress(total, phase, "step", step) as self.bar:
@@ -608,7 +607,7 @@ class Run:
 
     def finish(self, **more):
         result = plumbing.summary(self) | more
-        plumbing.write_file(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        plumbing.write_file(self.folder / "result.json", plumbing.to_json(result, 1))
         plumbing.to_wandb(self, lambda run: (run.summary.update(result), run.finish()))
         print(f"{self.folder}: normalized score {result['normalized_score']}, return {result['return_mean']}")
 

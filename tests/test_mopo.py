@@ -527,7 +527,7 @@ def test_settings_come_from_preset_and_task():
 
 def test_settings_that_cannot_work_are_refused():
     for m in (mopo, combo):  # past its decay the rate would be 0 while the temperature drifts on
-        with pytest.raises(UserError, match="stands still"):
+        with pytest.raises(UserError, match="rate is 0"):
             resolved(m, "--total-updates", "3000001")
         assert resolved(m, "--total-updates", "3000001", "--policy-lr-decay", "0").policy_lr_decay == 0
         with pytest.raises(UserError, match="not one row"):

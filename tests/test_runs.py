@@ -1,7 +1,6 @@
 """Runs of the scripts in this process: what they leave behind, and what becomes of one that is interrupted."""
 
 import importlib
-import itertools
 import json
 from pathlib import Path
 
@@ -221,7 +220,7 @@ def test_steps_yields_what_is_left_and_restores_objects_and_random_numbers(tmp_p
     del second
     third, net = new()
     assert list(third.steps("phase", 10, 4, net=net)) == [] and net.weight.equal(other.weight)
-    assert list(itertools.islice(third.steps("endless", None, 1, net=net), 5)) == [1, 2, 3, 4, 5]
+    assert next(step for step in third.steps("endless", None, 1, net=net) if step == 50) == 50
     del third
     with pytest.raises(UserError, match=r"phase\.pt has 10 steps already, more than the 9 asked for"):
         list(new()[0].steps("phase", 9, 4, net=net))
