@@ -302,6 +302,8 @@ def read_folder(folder, config, bookkeeping, total):
     done = read_json(result) if result.exists() else {}
     if done.get("script", config["script"]) != config["script"]:
         raise UserError(f"{folder} holds a run of {done['script']}; give another --run-dir or --exp-name")
+    if "agent" in states and states["agent"]["step"] > total:
+        raise UserError(f"{folder} has {states['agent']['step']} updates already, more than the {total} asked for")
     finished = done.get("updates") == total
     if done and not finished and "agent" not in states:
         raise UserError(f"{folder} is finished, but without its agent.pt it cannot be carried on")

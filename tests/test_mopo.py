@@ -535,7 +535,7 @@ def test_settings_that_cannot_work_are_refused():
     with pytest.raises(UserError, match="not one real row"):
         resolved(combo, "--model-ratio", "1")
     with pytest.raises(UserError, match="can disagree"):
-        resolved(mopo, "--penalty", "pairwise_diff", "--ensemble-size", "1")
+        resolved(mopo, "--penalty", "pairwise_diff", "--ensemble-size", "1", "--num-elites", "1")
 
 
 def test_defaults_are_the_papers():

@@ -10,6 +10,7 @@ import traceback
 from errno import ENOSPC
 from types import SimpleNamespace
 
+import fomi_bcq
 import pytest
 import romi_bcq
 import romi_cql as m
@@ -62,9 +63,8 @@ def folder(finished, tmp_path):
 def refused(answer, *words, status=2):
     """One line that says what is wrong."""
     code, lines = answer
-    assert code == status, lines
-    (line,) = [x for x in lines if "error" in x.lower() or "Traceback" in x]
-    assert line.startswith("error: ") and all(str(word) in line for word in words), line
+    (line,) = [x for x in lines if "error" in x.lower()]
+    assert code == status and line.startswith("error: ") and all(str(word) in line for word in words), line
 
 
 def replace_by(path, content):
@@ -85,8 +85,7 @@ def test_names_numbers_and_paths_that_cannot_be(command, tmp_path):
     refused(command("--seed", 2**32), "--seed 4294967296")
     assert not list(tmp_path.iterdir())
     (file := tmp_path / "file").touch()
-    for run_dir in (file, file / "below"):
-        refused(command(run_dir=run_dir), file)
+    refused(command(run_dir=file), file)
     refused(command("--dataset", f"{'x' * 300}.hdf5"), "xxx")
     for path in (tmp_path, tmp_path / "none.pt", file, tmp_path / ("x" * 300)):
         refused(command("--dynamics-from", path, "--model-ratio", 0.5), path)
@@ -179,12 +178,12 @@ def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(command, folder
 
 @pytest.mark.parametrize("lost", [(), ("config.json", "result.json"), ("agent.pt",), ("agent.pt", "config.json")])
 def test_a_run_of_another_script_is_refused(command, tmp_path, lost):
-    assert command("--exp-name", "x", script=romi_bcq)[0] == 0
+    assert command("--exp-name", "x", script=fomi_bcq)[0] == 0  # whose settings have the same names and values
     folder = folder_of(tmp_path, "x")
     for name in lost:
         (folder / name).unlink()
     before = contents(folder)
-    refused(command("--exp-name", "x"), folder)
+    refused(command("--exp-name", "x", script=romi_bcq), folder)
     assert contents(folder) == before
 
 

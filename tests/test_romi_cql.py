@@ -498,7 +498,6 @@ def test_the_task_decides_what_the_user_left_open():
         return a.horizon, a.model_ratio, a.rollout_policy, a.priority_rollout, a.priority_policy, a.exp_name
 
     assert settings("hopper-medium-replay") == (5, 0.1, "uniform", True, True, "romi_cql")
-    assert settings("walker2d-expert") == (1, 0.1, "cvae", True, True, "romi_cql")
     assert settings("maze2d-large-dense") == (5, 0.3, "uniform", False, False, "romi_cql")
     typed = dict(horizon=2, model_ratio=0.0, priority_policy=False)
     assert settings("hopper-medium", **typed) == (2, 0.0, "uniform", True, False, "cql")
