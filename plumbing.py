@@ -43,6 +43,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Episodes = Annotated[int, Field(ge=0, le=10_000)]
 Decays = Annotated[tuple[NonNegative, ...], Field(min_length=5, max_length=5)]
 
 
@@ -78,7 +79,7 @@ def run_script(main, args_class, doc):
         status = 130
     except OSError as e:
         status, error = 2, f"{e.filename or 'the operating system says'}: {e.strerror or e}"
-    except (MemoryError, OverflowError, RuntimeError, TypeError) as e:
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as e:
         known = isinstance(e, MemoryError | OverflowError | torch.OutOfMemoryError)
         if not known and not any(word in str(e).lower() for word in ("alloc", "overflow")):
             raise
@@ -194,7 +195,8 @@ def describe_run(script, args, task, data, device, direction, model_flags):
         git = ""
     config = {"name": f"{task.slug}__{args.exp_name}__{args.seed}{source}", "script": Path(script).name}
     config |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
-    config |= {"args": asdict(args), "task": task.id, "dataset": data.facts(), "device": str(device)}
+    settings = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in asdict(args).items()}  # JSON has no inf
+    config |= {"args": settings, "task": task.id, "dataset": data.facts(), "device": str(device)}
     config |= {"versions": versions | {"python": platform.python_version()}, "git_commit": git or None}
     config |= {"command": [Path(script).name, *sys.argv[1:]], "wandb_id": uuid.uuid4().hex[:8]}
     decides = {"direction": direction, "data": data.sha256} | {k: getattr(args, k) for k in sorted(model_flags)}
@@ -280,9 +282,9 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= set(FACTS):
             raise ValueError("it is no checkpoint of these scripts")
-    except OSError:
-        raise
     except Exception as e:  # whatever the bytes of a damaged file lead to
+        if isinstance(e, OSError) and e.filename:
+            raise
         why = str(e).split("\n")[0][:80]
         raise UserError(f"{path}: cannot be read ({why}); restore the file or give another --run-dir") from None
     return state

@@ -60,12 +60,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
@@ -93,7 +93,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     dynamics_hidden: PositiveInt = 200  # width of the 4 hidden layers
@@ -127,7 +127,7 @@ class Args:
     hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # widths of policy (a copied one keeps its own) and Q functions
     fast_lr: Positive = 5e-4  # critics, model, temperature; everything in the warm start (eta_fast)
     slow_lr: Positive = 5e-7  # policy (eta_slow)
-    target_entropy: float | None = None  # None: minus the number of actions; of a copied policy its own if lower
+    target_entropy: FiniteFloat | None = None  # None: minus the number of actions; of a copied policy its own if lower
     bellman_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--beta"])] = 16.0  # of E^w and E_D against L (beta)
     fit_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--lambda"])] = 10_000.0  # of E_D against E^w (lambda)
     target_weight: Share = 0.5  # of the error against the target networks in E^w; the rest is residual (w)

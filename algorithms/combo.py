@@ -40,12 +40,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
@@ -74,7 +74,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model
@@ -107,7 +107,7 @@ class Args:
     qf_lr: Positive | None = None  # None: 3e-4; 1e-4 for walker2d in v0
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
     policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: never
-    target_entropy: float | None = None  # None: minus the number of action dimensions
+    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
     beta: NonNegative | None = None  # weight of the conservative term; None: by task
     rho_states: Literal["mix", "model"] | None = None  # Q is pushed down at: all states, imagined ones; None: by task
     cql_samples: PositiveInt = 10  # actions per source (N): uniform, pi(.|s), pi(.|s')

@@ -41,12 +41,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
@@ -75,7 +75,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model
@@ -109,7 +109,7 @@ class Args:
     qf_lr: Positive = 3e-4
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
     policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: never
-    target_entropy: float | None = None  # None: minus the number of action dimensions; v0: -3, whatever the task
+    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions; v0: -3, whatever the task
 
 
 # Horizon h and penalty weight lambda. v0: tianheyu927/mopo, examples/config/d4rl; v2:

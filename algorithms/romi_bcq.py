@@ -45,7 +45,7 @@ from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
@@ -73,7 +73,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model

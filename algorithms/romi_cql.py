@@ -38,12 +38,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Decays, Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
 
 
@@ -71,7 +71,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model
@@ -112,13 +112,13 @@ class Args:
     hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # widths of the hidden layers of policy and Q functions
     qf_lr: Positive = 3e-4
     policy_lr: Positive = 1e-4  # policy and temperature
-    target_entropy: float | None = None  # None: minus the number of action dimensions
+    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
     bc_warmup: NonNegativeInt = 40_000  # updates in which the policy clones the batch; Q trains all the while
     cql_alpha: NonNegative = 5.0  # weight of the conservative penalty; its start if --lagrange
     cql_samples: PositiveInt = 10  # actions per source (N): uniform, pi(.|s), pi(.|s')
     cql_temperature: Positive = 1.0
     lagrange: bool = False  # tune the weight so that the penalty stays near the gap
-    lagrange_gap: float = 10.0
+    lagrange_gap: FiniteFloat = 10.0
 
 
 # h, eta, rollout policy, draws by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours" is not in the code.

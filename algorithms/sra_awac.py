@@ -47,7 +47,7 @@ from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import describe_augmentation, evaluate, load_dataset, load_expert, make_env, pack, parse_task, unpack
 
 
@@ -77,7 +77,7 @@ class Args:
     expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # the first so many of them
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 30  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 30  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model

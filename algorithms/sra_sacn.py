@@ -44,12 +44,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
 import plumbing
-from plumbing import Name, NonNegative, Positive, Seed, Share, UserError
+from plumbing import Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import describe_augmentation, evaluate, load_dataset, load_expert, make_env, pack, parse_task, unpack
 
 
@@ -79,7 +79,7 @@ class Args:
     expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # the first so many of them
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: NonNegativeInt = 30  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 30  # per evaluation, with greedy actions; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model
@@ -126,7 +126,7 @@ class Args:
     weight_decay: NonNegative = 5e-3  # Adam's own, which adds it to the gradient, of all weights and biases
     bc_weight: NonNegative = 1.0  # of the cloning of expert rows; 0: none, the plain learner
     num_critics: PositiveInt | None = None  # Q functions (N); None: by task
-    target_entropy: float | None = None  # None: minus the number of action dimensions
+    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
     backup_entropy: bool = False  # Q counts the policy's entropy, as in SAC-N itself
 
 

@@ -82,14 +82,14 @@ def test_sizes_beyond_memory_are_named(command, flag, size):
 def test_names_numbers_and_paths_that_cannot_be(command, tmp_path):
     for name in ("a/b", "x" * 300, "a\0b", ""):
         refused(command("--exp-name", name), "--exp-name")
-    refused(command("--seed", 2**32), "--seed 4294967296")
+    for flag, value in (("--seed", 2**32), ("--num-threads", 10**12)):
+        refused(command(flag, value), flag)
     assert not list(tmp_path.iterdir())
     (file := tmp_path / "file").touch()
     refused(command(run_dir=file), file)
     refused(command("--dataset", f"{'x' * 300}.hdf5"), "xxx")
     for path in (tmp_path, tmp_path / "none.pt", file, tmp_path / ("x" * 300)):
         refused(command("--dynamics-from", path, "--model-ratio", 0.5), path)
-    assert file.read_bytes() == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -116,7 +116,7 @@ def test_a_copy_in_a_folder_of_any_name_trains_with_closed_streams(data_file, tm
 def test_a_checkpoint_with_one_wrong_bit_is_refused_or_the_same(folder):
     path, good, refusals = folder / "agent.pt", weights(folder), 0
     whole = path.read_bytes()
-    for i in range(0, len(whole), len(whole) // 60):
+    for i in (*range(0, len(whole), len(whole) // 60), *range(len(whole) - 99, len(whole))):  # and all of zip's end
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
         try:
             plumbing.read_checkpoint(path)
