@@ -21,18 +21,18 @@ E_x[.] is a mean over rows of x; f alone is f_i(s, a). lambda stands in for M_al
 temperature. L looks at given states only, so M gets its gradient from E^w and E_D: L makes the critics pessimistic,
 and M follows them as far as lambda lets it leave the data.
 
-What the poster leaves open, and what is done here ("unverified": the paper's, by sources that we could not check):
+What the poster leaves open, and what is done here ("unverified": the paper's choice by sources we could not check):
   1. E_D is taken on rows of the data with a known successor. Eq. 4 prints D_model, which holds no r and no s'.
   2. V_max is the fitted model's reward error on held-out rows, so rewards are held to the data about as states are.
   3. M is one member of MOPO's ensemble (arXiv:2005.13239), R_M its mean reward, fitted first, with early stopping
-     (unverified: for 100 000 steps). E_D leaves out the rows that this fit held out, so that they guard M in the game.
+     (unverified: for 100 000 steps). E_D leaves out the rows that this fit held out: they show if the game harms M.
   4. In the game M keeps its weight decay, as strong against the fit as before, and the bounds of its log-variance.
   5. M's rate rises over 500 updates: Adam's first steps at full length would undo the fit.
   6. M and f_i step at once. M's gradient also flows through a' ~ pi(.|s'_M), one sample a row, and through f_target.
   7. From ATAC's code: L / beta + E for beta > 1, and likewise in the actor; Proj_F bounds each layer's norm by 100;
      Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma, rates, widths (unverified: the same).
   8. lightATAC's entropy is a mean per action dimension, so its published settings mean another target. Here, as in
-     ATAC, it is a sum, its target minus the number of actions. Not ATAC's: log standard deviations lie in [-5, 2].
+     ATAC, it is a sum, its target minus the number of action dimensions. Log deviations lie in [-5, 2] (ATAC: not).
   9. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: only if asked for).
  10. Warm start of 100 000 updates (ATAC's; unverified: ARMOR's): pi clones the data, with the game's entropy bonus, and
      the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the temperature begin
@@ -40,8 +40,8 @@ What the poster leaves open, and what is done here ("unverified": the paper's, b
  11. Beside a given reference pi begins as its copy (or, by --clone, as a clone), with its entropy as the target where
      that is lower. The critics' warm start is then half rollouts in M: the data alone leave other actions overrated.
  12. Batches are half data, half D_model, which is empty at first and keeps its last 1 000 000 pairs.
- 13. H is the episode length (unverified). Rollouts that end by the robot's rule, which do not bootstrap, or leave the
-     data's range by more than 10 % begin again in the minibatch's states.
+ 13. H is the episode length (unverified). Rollouts that leave the data's range by more than 10 % or end by the robot's
+     rule (there is no bootstrap then) begin again in the minibatch's states.
  14. beta = 16 (ATAC's default; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
      paper's, a pair per data set, are not known. With a small lambda M gives way to the critics off the data.
  15. ATAC (--model-ratio 0): E^w uses the data's r, s' and terminals, L its actions, unless --reference names a policy.
@@ -127,7 +127,7 @@ class Args:
     hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # widths of policy (a copied one keeps its own) and Q functions
     fast_lr: Positive = 5e-4  # critics, model, temperature; everything in the warm start (eta_fast)
     slow_lr: Positive = 5e-7  # policy (eta_slow)
-    target_entropy: FiniteFloat | None = None  # None: minus the number of actions; of a copied policy its own if lower
+    target_entropy: FiniteFloat | None = None  # None: minus the action dimensions; of a copied policy its own if lower
     bellman_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--beta"])] = 16.0  # of E^w and E_D against L (beta)
     fit_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--lambda"])] = 10_000.0  # of E_D against E^w (lambda)
     target_weight: Share = 0.5  # of the error against the target networks in E^w; the rest is residual (w)
@@ -343,9 +343,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {
-            "expected_mse": logvar.exp().mean()
-        }  # predicted variance; far above holdout_mse the model imagines noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; far above holdout_mse M imagines noise
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -449,7 +447,7 @@ class Rollouts:
         self.low, self.high = low - margin, high + margin
         std = obs.std(0)
         self.mean, self.std = obs.mean(0), torch.where(std < 1e-6, 1.0, std)
-        self.added, self.widths = 0, [obs.shape[1], act_dim]
+        self.added, self.widths = 0, [obs.shape[1], act_dim]  # D_model is empty (l. 1)
 
     def sample(self, size):
         """(s, a) of D_model: (size, O), (size, A); no rows while it is empty"""
@@ -562,7 +560,7 @@ class ARMOR:
             self.adversary_opt.add_param_group({"params": [*model.bias]})  # the bounds of the log-variance stay
 
     def ramp_model(self, step):
-        """Adam begins anew with the game, and its first steps have full length, however small the gradient."""
+        """M's part of Adam is new in the game: its first steps have full length, however small the gradient."""
         for group in self.adversary_opt.param_groups[1:]:
             group["lr"] = self.args.fast_lr * min(1, step / self.args.model_ramp)
 
@@ -606,7 +604,7 @@ class ARMOR:
         return normalized_sum(-q.mean(), log_prob.mean(), alpha)
 
     def step_critics(self, loss):
-        """Adversary's step, Proj_F (layers of too large a norm are scaled back), targets; returns the largest norm."""
+        """Adversary's step, Proj_F (large layers are scaled back), targets (Alg. 1, l. 5); returns the largest norm."""
         descend(self.adversary_opt, loss)
         with torch.no_grad():
             norms = torch._foreach_norm(self.projected)
@@ -616,7 +614,7 @@ class ARMOR:
         return torch.stack(norms).amax()
 
     def step_alpha(self, log_prob):
-        """A step of the temperature towards the target entropy (Proj_Pi); returns it."""
+        """A step of the temperature towards the target entropy (Proj_Pi of l. 6); returns the temperature."""
         descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob.detach().mean() + self.target_entropy))
         return self.log_alpha["sac"].detach().exp()
 
@@ -830,7 +828,9 @@ def main(args):
         dynamics = train_dynamics(obs, act, rew, next_obs, args, run)
         order = torch.randperm(len(act), generator=torch.Generator().manual_seed(args.seed)).to(device)
         held_out = order[: max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))]  # as in train_dynamics
-        known[known.nonzero().squeeze(1)[held_out]] = False  # E_D leaves these rows out, too: they guard M
+        known[known.nonzero().squeeze(1)[held_out]] = (
+            False  # E_D leaves these rows out, too: model_fit measures M on them
+        )
         probe = [x[held_out] for x in (obs, act, rew, next_obs)]
         fitted = model_fit(dynamics, *probe)
         v_max = fitted["reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max

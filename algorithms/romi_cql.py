@@ -100,7 +100,7 @@ class Args:
     rollout_policy_batch_size: PositiveInt = 100
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the mean KL; Eq. 3 in summed form would be 2
+    kl_weight: NonNegative = 0.5  # of the mean KL; ROMI Eq. 3 in summed form would be 2
     latent_clip: Annotated[float, Field(gt=0)] = 0.5  # sampled latents are clipped to +- this; inf as in the paper
     rbc_hidden: PositiveInt = 256  # width of the 2 hidden layers
     rbc_entropy: NonNegative = 0.0  # weight of an entropy bonus; 0.5 in the code
@@ -365,9 +365,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {
-            "expected_mse": logvar.exp().mean()
-        }  # predicted variance; far above holdout_mse the model imagines noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; far above holdout_mse M imagines noise
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics

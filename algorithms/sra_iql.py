@@ -9,7 +9,7 @@ et al. 2021, arXiv:2110.06169 (IQL); Wang et al. 2021, arXiv:2110.00188 (ROMI). 
   goals            G = {s : Conf(s) > c} u D^E              Conf(s) = pi(E[a|s] | s)            l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where the policy is unsure          l. 10, SRA Eq. 5
-  labels           reward 1 on D^E, 0 on D^S and D^R        as UDS, arXiv:2202.01741            l. 11
+  labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
   learner          V: |tau - 1(u < 0)| u^2                  u = min_j Q'_j(s, a) - V(s)         l. 12, IQL Eq. 5
                    Q: (Q_j - r - gamma V(s'))^2                                                 IQL Eq. 6
                    pi: -E_DE[log pi] - alpha E[w log pi]    w = min(exp(beta u), 100)           IQL Eq. 7
@@ -18,16 +18,16 @@ et al. 2021, arXiv:2110.06169 (IQL); Wang et al. 2021, arXiv:2110.00188 (ROMI). 
     python algorithms/sra_iql.py --env maze2d-umaze --model-ratio 0     # UDS + IQL + BC, the control
     python algorithms/sra_iql.py --env maze2d-umaze --iql-weight 0      # behaviour cloning of the experts
 
-Half of a batch is expert rows; a share eta of the other half is D^R, 30 % of it from the last round, the rest D^S.
-Where slides and code disagree we follow the code: c is a quantile of Conf on expert states (slides: its mean), 90 %
-of the start states are the expert's, and every imagined step is resampled and goes back from kept states.
+Half of a batch is expert rows; of the other half a share eta is D^R (30 % of it from the last round), the rest D^S.
+Where slides and code disagree we follow the code: T by squared error (slides: likelihood), c a quantile of Conf on D^E
+(slides: its mean), 90 % of the start states from D^E, every imagined step resampled and going back from kept states.
 Differences from the code:
   1. Batches are split exactly, and the first round starts at confident states, too; the code slips in both.
-  2. Mazes are augmented from the first update on, every 50 000, as in the slides; the code's warm-up never ends there.
+  2. Mazes are augmented from the first update on, every 50 000, as the slides plot; the code divides by 0 rounds there.
   3. Each member keeps its best epoch; the code keeps a reference to live weights, so always the last one.
   4. Conf is exact, its weights come from log Conf. In the code saturated actions count as unsure, here as the surest.
   5. Both drop terminal rows, so nothing ends; the code drops the last two rows before a time limit as well.
-  6. After a warm-up only the data change; the code begins anew from its weights, with another cosine.
+  6. After a warm-up only the data change, as in the code's first run; a later one begins a new cosine there.
   7. "Earlier rounds" do not include the last one; in the code they do, by a shared object.
 """
 
@@ -111,7 +111,7 @@ class Args:
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the mean KL; Eq. 3 in summed form would be 2
+    kl_weight: NonNegative = 0.5  # of the mean KL; ROMI Eq. 3 in summed form would be 2
     latent_clip: Annotated[float, Field(gt=0)] = 0.5  # sampled latents are clipped to +- this; inf as in the paper
 
     # --- learner ---
@@ -129,7 +129,7 @@ class Args:
     inverse_temperature: NonNegative = 3.0  # of the advantage weights (beta)
 
 
-# Updates, learning rate, eta, h, reverse policy, warm-up: sh-jj/SRA-KDD-2024, sra_iql_maze.sh and (for *-medium)
+# Updates, learning rate, eta, h, reverse policy, warm-up (mazes: ours): sh-jj/SRA-KDD-2024, sra_iql_maze.sh, (*-medium)
 # sra_iql_mujoco.sh; "ours" is not in the code. The longest key that the task begins with counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),
@@ -393,16 +393,16 @@ def start_states(size, expert, older, new, args):
 
 
 def resample(log_conf, size):
-    """Numbers of `size` states, without replacement, with weights 1 / (Conf + 1e-5): (N,) -> (size,) (SRA Eq. 5)"""
+    """Indices of `size` states, drawn without replacement, weights 1 / (Conf + 1e-5): (N,) -> (size,) (SRA Eq. 5)"""
     log_weight = -torch.logaddexp(log_conf, torch.full_like(log_conf, math.log(1e-5)))
-    gumbel = -torch.empty_like(log_weight).exponential_().log()  # the largest sums are distributed as draws one by one
+    gumbel = -torch.empty_like(log_weight).exponential_().log()  # Gumbel top-k: weighted draws without replacement
     return (log_weight + gumbel).topk(size).indices
 
 
 @torch.no_grad()
 def augment(starts, policy, reverse_dynamics, reverse_policy, args):
     """A round of reverse rollouts (SRA Alg. 1, l. 9, 10), one step back after the other; starts: n -> states (n, O).
-    Returns rows (h (S // h), 2 O + A + 2) and what to log."""
+    Returns rows (h (S // h), 2 O + A + 2), S = rollout_rows, and what to log."""
     size, kept_rows, confidence = args.rollout_rows // args.horizon, [], []
     for _ in range(args.horizon):
         next_obs = starts(args.oversampling * size)
@@ -467,7 +467,7 @@ def usable(data):
 
 
 def labelled(data, reward, normalizer, device):
-    """Rows of D^E (reward 1) or D^S (reward 0), states normalised; the data's own rewards do not count (SRA l. 11)."""
+    """Rows of D^E (reward 1) or D^S (reward 0), states normalised; the data's own rewards do not count (UDS)."""
     obs, act, next_obs = (x[usable(data)].to(device) for x in (data.obs, data.act, data.next_obs))
     rew, terminated = torch.full_like(obs[:, 0], reward), torch.zeros_like(obs[:, 0])
     return pack(normalizer(obs), act, rew, normalizer(next_obs), terminated)

@@ -112,7 +112,7 @@ class Args:
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the mean KL; Eq. 3 in summed form would be 2
+    kl_weight: NonNegative = 0.5  # of the mean KL; ROMI Eq. 3 in summed form would be 2
     latent_clip: Annotated[float, Field(gt=0)] = 0.5  # sampled latents are clipped to +- this; inf as in the paper
 
     # --- learner ---
@@ -130,7 +130,7 @@ class Args:
     backup_entropy: bool = False  # Q counts the policy's entropy, as in SAC-N itself
 
 
-# Updates, learning rate, eta, h, reverse policy, warm-up: sh-jj/SRA-KDD-2024, sra_iql_maze.sh and (for *-medium)
+# Updates, learning rate, eta, h, reverse policy, warm-up (mazes: ours): sh-jj/SRA-KDD-2024, sra_iql_maze.sh, (*-medium)
 # sra_iql_mujoco.sh; "ours" is not in the code. N: CORL, configs/offline/sac_n. The longest key that fits counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0, 25),
@@ -138,7 +138,8 @@ SETTINGS = {
     "hopper": (500_000, 1e-4, 0.5, 5, "uniform", 200_000, 500),
     "halfcheetah": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 10),
     "walker2d": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 20),
-    "ant": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 10),
+    "antmaze": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 25),
+    "ant": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 10),  # N: ours
     "": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 10),  # ours: any other environment
 }
 
@@ -404,16 +405,16 @@ def start_states(size, expert, older, new, args):
 
 
 def resample(log_conf, size):
-    """Numbers of `size` states, without replacement, with weights 1 / (Conf + 1e-5): (N,) -> (size,) (SRA Eq. 5)"""
+    """Indices of `size` states, drawn without replacement, weights 1 / (Conf + 1e-5): (N,) -> (size,) (SRA Eq. 5)"""
     log_weight = -torch.logaddexp(log_conf, torch.full_like(log_conf, math.log(1e-5)))
-    gumbel = -torch.empty_like(log_weight).exponential_().log()  # the largest sums are distributed as draws one by one
+    gumbel = -torch.empty_like(log_weight).exponential_().log()  # Gumbel top-k: weighted draws without replacement
     return (log_weight + gumbel).topk(size).indices
 
 
 @torch.no_grad()
 def augment(starts, policy, reverse_dynamics, reverse_policy, args):
     """A round of reverse rollouts (SRA Alg. 1, l. 9, 10), one step back after the other; starts: n -> states (n, O).
-    Returns rows (h (S // h), 2 O + A + 2) and what to log."""
+    Returns rows (h (S // h), 2 O + A + 2), S = rollout_rows, and what to log."""
     size, kept_rows, confidence = args.rollout_rows // args.horizon, [], []
     for _ in range(args.horizon):
         next_obs = starts(args.oversampling * size)
@@ -478,7 +479,7 @@ def usable(data):
 
 
 def labelled(data, reward, normalizer, device):
-    """Rows of D^E (reward 1) or D^S (reward 0), states normalised; the data's own rewards do not count (SRA l. 11)."""
+    """Rows of D^E (reward 1) or D^S (reward 0), states normalised; the data's own rewards do not count (UDS)."""
     obs, act, next_obs = (x[usable(data)].to(device) for x in (data.obs, data.act, data.next_obs))
     rew, terminated = torch.full_like(obs[:, 0], reward), torch.zeros_like(obs[:, 0])
     return pack(normalizer(obs), act, rew, normalizer(next_obs), terminated)
