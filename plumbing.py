@@ -103,8 +103,10 @@ def show_help(args_class, doc):
             flag = f"--{name}".replace("_", "-") + (f" / --no-{name}".replace("_", "-") if "bool" in kind else "")
             choices = ", ".join(re.findall(r'"(\w+)"', kind)) if "Literal" in kind else ""
             print(f"  {flag:40} {default:24} {'; '.join(filter(None, (choices, comment)))}")
-    if settings := getattr(inspect.getmodule(args_class), "SETTINGS", None):
-        print(f"\nby task (the longest name that fits)\n{pprint.pformat(settings, width=100, sort_dicts=False)}")
+    module = inspect.getmodule(args_class)
+    if settings := getattr(module, "SETTINGS", None):
+        above = re.search(r"((?:^# .*\n)+)SETTINGS", inspect.getsource(module), re.MULTILINE)[1]
+        print(f"\nby task\n{above}{pprint.pformat(settings, width=100, sort_dicts=False)}")
 
 
 def largest_size(args):
