@@ -354,7 +354,8 @@ def train_dynamics(cond, act, rew, pred, args, run):
             break
         shuffle = torch.stack([torch.randperm(N, device=device) for _ in range(E)])
         rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
-        for idx in plumbing.bar(rows.split(args.dynamics_batch_size, 1), f"epoch {epoch}"):  # (E, B)
+        batches = rows.split(args.dynamics_batch_size, 1)
+        for idx in plumbing.bar(batches, f"epoch {epoch} (best {dynamics.best_epoch.max()})"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
             descend(opt, loss)
         with torch.no_grad():

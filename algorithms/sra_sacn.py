@@ -10,7 +10,7 @@ tinkoff-ai/CORL (sac_n.py).
   goals            G = {s : Conf(s) > c} u D^E              Conf(s) = pi(E[a|s] | s)            l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where the policy is unsure          l. 10, SRA Eq. 5
-  labels           reward 1 on D^E, 0 on D^S and D^R        as UDS, arXiv:2202.01741            l. 11
+  labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
   learner          alpha: -log alpha (log pi(a~|s) + H)         a~ ~ pi(.|s), H: minus dim A    l. 12, SAC-N
                    pi: E[alpha log pi(a~|s) - min_j Q_j(s, a~)] - E_DE[log pi]                  j, k = 1 ... N
                    Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2    a' ~ pi(.|s')
@@ -18,9 +18,9 @@ tinkoff-ai/CORL (sac_n.py).
     python algorithms/sra_sacn.py --env maze2d-umaze
     python algorithms/sra_sacn.py --env maze2d-umaze --model-ratio 0     # UDS + SAC-N + BC, the control
 
-Half of a batch is expert rows; a share eta of the other half is D^R, 30 % of it from the last round, the rest D^S.
-Where slides and code disagree we follow the code: c is a quantile of Conf on expert states (slides: its mean), 90 %
-of the start states are the expert's, and every imagined step is resampled and goes back from kept states.
+Half of a batch is expert rows; of the other half a share eta is D^R (30 % of it from the last round), the rest D^S.
+Where slides and code disagree we follow the code: T by squared error (slides: likelihood), c a quantile of Conf on D^E
+(slides: its mean), 90 % of the start states from D^E, every imagined step resampled and going back from kept states.
 With this learner SRA stands in Table 4 of the slides, settings and source are unpublished. What is not the learner is
 that of sra_iql.py, with its differences from the code. Of the learner this is ours:
   1. Q does not count the policy's entropy (--backup-entropy: as SAC-N does). Cloning raises log pi on demonstrations,

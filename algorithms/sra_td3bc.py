@@ -10,7 +10,7 @@ arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024, of the learner tinkoff-ai/COR
   goals            G = {s : Conf(s) > c} u D^E              Conf(s) = pi_c(E[a|s] | s)          l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where pi_c is unsure                l. 10, SRA Eq. 5
-  labels           reward 1 on D^E, 0 on D^S and D^R        as UDS, arXiv:2202.01741            l. 11
+  labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
   learner          Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2    a' = pi'(s') + clipped noise    l. 12, TD3
                    pi: -lambda E[Q_1(s, pi(s))] + MSE + MSE_DE  MSE = E[(pi(s) - a)^2]          TD3+BC
                                                                 lambda = alpha / E|Q_1|
@@ -19,9 +19,9 @@ arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024, of the learner tinkoff-ai/COR
     python algorithms/sra_td3bc.py --env maze2d-umaze
     python algorithms/sra_td3bc.py --env maze2d-umaze --model-ratio 0     # UDS + TD3+BC + BC, the control
 
-Half of a batch is expert rows; a share eta of the other half is D^R, 30 % of it from the last round, the rest D^S.
-Where slides and code disagree we follow the code: c is a quantile of Conf on expert states (slides: its mean), 90 %
-of the start states are the expert's, and every imagined step is resampled and goes back from kept states.
+Half of a batch is expert rows; of the other half a share eta is D^R (30 % of it from the last round), the rest D^S.
+Where slides and code disagree we follow the code: T by squared error (slides: likelihood), c a quantile of Conf on D^E
+(slides: its mean), 90 % of the start states from D^E, every imagined step resampled and going back from kept states.
 With this learner SRA stands in Table 4 of the slides, settings and source are unpublished. What is not the learner is
 that of sra_iql.py, with its differences from the code. Of the learner this is ours:
   1. The density of a deterministic policy at its own action is infinite. Conf is that of a second policy pi_c, which

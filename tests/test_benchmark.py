@@ -278,9 +278,13 @@ def test_ctrl_c_ends_the_children(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     cloudpickle.register_pickle_by_value(main)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        main.work_off([run], 1, submitit.AutoExecutor(tmp_path / "logs", cluster="local"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main.work_off([run], 1, submitit.AutoExecutor(tmp_path / "logs", cluster="local"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 20
     while alive(int(file.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
