@@ -182,7 +182,8 @@ class Normalizer(nn.Module):
     def __init__(self, obs):
         super().__init__()
         self.register_buffer("mean", obs.mean(0))
-        self.register_buffer("std", obs.std(0, unbiased=False) + 1e-3)
+        std = obs.std(0, unbiased=False)
+        self.register_buffer("std", torch.where(std < 1e-6 * (1 + self.mean.abs()), 1.0, std + 1e-3))  # 1 if constant
 
     def forward(self, obs):
         return (obs - self.mean) / self.std

@@ -512,3 +512,25 @@ WRONG |= {"dynamics_weight_decay": (0.1,), "hidden": (32, 0), "holdout_ratio": 1
 def test_settings_that_cannot_work_are_refused_by_name(flag, value):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} "):
         m.resolve(m.Args(**{flag: value}), parse_task("hopper-medium-replay"))
+
+
+def test_a_constant_column_is_not_blown_up_by_cloning():
+    cond = torch.cat([torch.randn(100, 1), torch.full((100, 1), 0.1)], 1)
+    std = m.BehaviourCloning(cond, 2, 8, 0.0).std
+    assert std[1] == 1 and std[0] == cond[:, 0].std() + 1e-6
+
+
+def test_a_rule_for_ends_that_the_data_contradict_is_refused_unless_switched_off():
+    obs = torch.zeros(100, 11)
+    obs[:, 0] = 1.25  # stands
+    flags = torch.zeros(100)
+    flags[:5] = 1  # and is said to have fallen
+    rows = dict(obs=obs, act=torch.zeros(100, 3), rew=flags, next_obs=obs, has_next=flags == flags)
+    fallen = Dataset(terminated=flags, trajectory=torch.arange(100), path="x.hdf5", **rows)
+    task = parse_task("hopper-medium")
+    with pytest.raises(
+        UserError, match=r"x\.hdf5: the rule for the end of hopper is wrong for 5\.0% .*--no-imagined-ends"
+    ):
+        m.termination_fn(task, fallen, m.Args())
+    assert not m.termination_fn(task, fallen, m.Args(imagined_ends=False))(obs, None, obs).any()
+    m.termination_fn(task, Dataset(terminated=0 * flags, trajectory=torch.arange(100), **rows), m.Args())

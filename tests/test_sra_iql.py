@@ -508,3 +508,9 @@ def test_rounds_after_a_warm_up_and_what_model_and_policy_learn_from(data_file, 
     scale = m.Normalizer(rows[:, :11])
     torch.testing.assert_close(torch.cat([scale.inverse(obs), act, scale.inverse(next_obs)], 1), rows)
     assert cond.equal(next_obs) and same.equal(act)  # a from s'
+
+
+def test_constant_columns_are_not_blown_up():
+    obs = torch.cat([torch.randn(100, 1), torch.full((100, 1), 0.1)], 1)
+    normalizer = m.Normalizer(obs)
+    assert normalizer.std[1] == 1 and normalizer.std[0] == obs[:, 0].std(unbiased=False) + 1e-3
