@@ -61,12 +61,12 @@ def log_prob_of(mean, log_std, act):
 def test_labels_are_1_for_the_expert_and_0_for_all_others_whatever_the_rewards():
     obs, flags = torch.arange(12.0).view(6, 2), [torch.tensor([0, 0, 1.0, 0, 0, 0]), torch.arange(6) != 3]
     data = Dataset(obs, torch.rand(6, 1), torch.randn(6), torch.randn(6, 2), *flags, torch.zeros(6).long())
-    normalizer = m.Normalizer(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))  # mean (1, 1), std (1, 0) + 0.001
+    normalizer = m.Normalizer(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))  # mean (1, 1), std 1.001; 1 if constant
     used = [0, 1, 4, 5]  # row 2 ended the MDP, the successor of row 3 is unknown
     for label in (1.0, 0.0):
         obs, act, rew, next_obs, terminated = unpack(m.labelled(data, label, normalizer, CPU), 2, 1)
         assert rew.tolist() == [label] * 4 and not terminated.any() and act.equal(data.act[used])
-        torch.testing.assert_close(obs, (data.obs[used] - 1) / torch.tensor([1.001, 0.001]))
+        torch.testing.assert_close(obs, (data.obs[used] - 1) / torch.tensor([1.001, 1.0]))
         torch.testing.assert_close(normalizer.inverse(next_obs), data.next_obs[used], atol=1e-5, rtol=1e-5)
 
 
