@@ -663,9 +663,6 @@ class Run:
 
 
 def main(args):
-    # Weight decay drives the weights of dead units into denormal numbers, on which a CPU is 20 times slower. Only
-    # threads that start after this call flush them, so it comes first.
-    torch.set_flush_denormal(True)
     task = parse_task(args.env)
     args = resolve(args, task)
     device = plumbing.start(args)

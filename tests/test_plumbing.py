@@ -312,3 +312,11 @@ def test_wandb_never_stops_a_run_and_is_offline_without_a_key(command, finished,
         assert any("W&B: offline; " in line for line in said) == offline
     else:
         assert 1 <= len(said) <= 3
+
+
+def test_denormal_numbers_are_flushed():
+    """Without that, BCQ's Adam takes five times as long after a thousand updates."""
+    torch.set_flush_denormal(False)
+    assert (torch.tensor([1e-30]) * 1e-10).item()
+    plumbing.start(SimpleNamespace(device="cpu", num_threads=1, seed=0, compile=False))
+    assert not (torch.tensor([1e-30]) * 1e-10).item()
