@@ -4,8 +4,9 @@ the models are (the question of ROMI's Appendix C; these measures are ours).
   discrepancy   D(D, tau) = 1/(H+1) sum_t min_(s in D) |s_t - s|_2                                       ROMI Eq. 5
   accuracy      on held-out rows of the data; of imagined transitions, against the true simulator
 
-States are (x, y, vx, vy) in m and m/s. A reverse model is given s' and predicts s, a forward model the other way round.
-On held-out rows a model predicts means; imagined transitions have its noise, as in training. Everything is seeded.
+States are the whole observation: (x, y, vx, vy) in m and m/s, of an ant 29 numbers. A reverse model is given s' and
+predicts s, a forward model the other way round. On held-out rows a model predicts means; imagined transitions have its
+noise, as in training. Everything is seeded.
 """
 
 import importlib
@@ -20,7 +21,6 @@ import tyro
 from scipy.spatial import cKDTree
 
 from benchmark.report import FIGURES, RESULTS
-from envs.maze2d import replay_error, view_trajectories
 from utils import UserError, load_dataset, make_env, normalized_score, parse_task, rollout
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
@@ -68,8 +68,9 @@ class FinishedRun:
             self.task = parse_task(self.config["task"])
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise UserError(f"{folder}: is no run of these scripts ({type(e).__name__}: {e})") from None
-        if self.task.domain != "maze2d" or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
-            raise UserError(f"{folder}: a case study is of runs of romi_bcq.py and fomi_bcq.py on maze2d")
+        if self.task.domain not in ("maze2d", "antmaze") or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
+            raise UserError(f"{folder}: a case study is of runs of romi_bcq.py and fomi_bcq.py on maze2d and antmaze")
+        self.world = importlib.import_module(f"envs.{self.task.domain}")
         self.label, self.reverse = f"{self.args.exp_name} {self.args.seed}", self.script.__name__ == "romi_bcq"
         self.dynamics, self.maze = None, self.task.kind.split("-")[0]
 
@@ -115,7 +116,7 @@ def study(run, data, tree, episodes, chains, seed):
         out["held_out"] = {"1": accuracy(run.dynamics, data, held_out(data, run.args), run.reverse)}
         obs, act, next_obs = run.imagine(data, chains, seed)
         imagined = list(np.concatenate([obs[:, :1], next_obs], 1))
-        one, all_steps = replay_error(run.maze, obs, act, next_obs)
+        one, all_steps = run.world.replay_error(run.maze, obs, act, next_obs)
         out["imagined"] = {"trajectories": len(imagined), "horizon": run.args.horizon, "replay_error_1": one}
         out["imagined"] |= {"replay_error_h": all_steps, "discrepancy": mean_se(discrepancy(tree, imagined))}
     # start states on which no run was evaluated in training: there 1000 seed + 100
@@ -127,8 +128,8 @@ def study(run, data, tree, episodes, chains, seed):
     return out, imagined, executed
 
 
-def draw(path, maze, panels, results):
-    """panels: (title, trajectories), each a top view; the discrepancies as bars in what is left of the last row."""
+def draw(path, run, panels, results):
+    """panels: (title, trajectories), each a top view of the maze; the discrepancies as bars in the rest of the last row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +141,7 @@ def draw(path, maze, panels, results):
     grid = figure.add_gridspec(lines, columns)
     for i, (title, trajectories) in enumerate(panels):
         axes = figure.add_subplot(grid[i // columns, i % columns])
-        axes.imshow(view_trajectories(maze, trajectories, 160))
+        axes.imshow(run.world.view_trajectories(run.maze, trajectories, 160))
         axes.set_title(title, fontsize=9)
         axes.axis("off")
     axes = figure.add_subplot(grid[-1, len(panels) % columns :])
@@ -191,7 +192,7 @@ def case_study(
     task, _, _, *source = first.folder.name.split("__")
     name = "__".join([f"case_study_{task}", *source])
     picture, numbers = (out or FIGURES) / f"{name}.png", (out or RESULTS) / f"{name}.json"
-    draw(picture, first.maze, [("data", recorded), *dreams, *deeds], results)
+    draw(picture, first, [("data", recorded), *dreams, *deeds], results)
     facts = {"task": first.task.id, "episodes": episodes, "chains": chains, "seed": seed, "data": data.facts()}
     numbers.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n")
     print(f"{picture}\n{numbers}")

@@ -73,7 +73,7 @@ def read(results):
 
 def in_words(task, source):
     """What the end of a run's name says about its data."""
-    if source == "generated" and task.startswith("maze2d"):
+    if source == "generated" and task.startswith(("maze2d", "antmaze")):
         return "D4RL's script"
     return "repaired data" if source.endswith("_repaired") else source or "D4RL's file"
 
@@ -232,7 +232,8 @@ def case_study_table(results):
     lines, titles = [], "maze, run, updates, score, Eq. 5 executed, Eq. 5 imagined, model's error".split(", ")
     for file in sorted(Path(results).glob("case_study_*.json")):
         study = json.loads(file.read_text())
-        maze = f"{study['task'].split('-')[1]}, {in_words(study['task'], file.stem.split('__')[-1])}"
+        maze = re.sub(r"^maze2d-|-v\d$", "", study["task"])
+        maze += f", {in_words(study['task'], file.stem.split('__')[-1])}"
         for name, run in study["runs"].items():
             done, imagined = run["executed"], run.get("imagined", {"replay_error_1": None})
             row = [maze, name, thousands(run["updates"])]

@@ -14,11 +14,15 @@ import h5py
 import mujoco
 import numpy as np
 import pytest
+import romi_bcq
 import torch
+import tyro
 from gymnasium.utils.env_checker import check_env
 
 import envs.antmaze as env_file
 import utils
+from benchmark import report
+from benchmark.case_study import case_study
 from plumbing import UserError
 from utils import load_dataset, make_env, normalized_score, parse_task
 
@@ -463,3 +467,16 @@ def test_another_policy_is_refused():
     (utils.D4RL / "ant_hierarch_pol.pkl").write_bytes(pickle.dumps(Evil(os.system, "true"), 2))
     with pytest.raises(UserError, match="is not D4RL's file"):
         utils.ant_policy()
+
+
+def test_case_study(make, tmp_path):
+    make(steps=200)
+    flags = "--env antmaze-umaze --no-imagined-ends --total-updates 10 --batch-size 20 --hidden 16 16 --vae-hidden 16"
+    flags += " --dynamics-hidden 16 --dynamics-max-epochs 1 --model-buffer-size 500 --rollout-batch-size 100"
+    flags += " --rollout-policy-updates 5 --eval-episodes 0 --num-threads 1"
+    flags = [*flags.split(), "--dataset", str(tmp_path / "data/antmaze_umaze.hdf5"), "--run-dir", str(tmp_path)]
+    romi_bcq.main(tyro.cli(romi_bcq.Args, args=flags))
+    folder = tmp_path / "antmaze-umaze-v2__romi_bcq__0__antmaze_umaze"
+    case_study((folder,), out=tmp_path, episodes=2, chains=10)
+    assert (tmp_path / "case_study_antmaze-umaze-v2__antmaze_umaze.png").stat().st_size > 10_000
+    assert "| antmaze-umaze, antmaze_umaze | romi_bcq 0 | 10 | 0.0 ± 0.0 |" in report.case_study_table(tmp_path)
