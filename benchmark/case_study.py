@@ -129,7 +129,7 @@ def study(run, data, tree, episodes, chains, seed):
 
 
 def draw(path, run, panels, results):
-    """panels: (title, trajectories), each a top view of the maze; the discrepancies as bars in the rest of the last row."""
+    """panels: (title, trajectories), each a top view; the discrepancies as bars in what is left of the last row."""
     import matplotlib
 
     matplotlib.use("Agg")
