@@ -40,7 +40,7 @@ class Command(submitit.helpers.Checkpointable):
 
 
 def run(
-    suite: tyro.conf.Positional[Literal["smoke", "laptop", "headline", "paper"]],
+    suite: tyro.conf.Positional[Literal["smoke", "laptop", "headline", "paper", "antmaze"]],
     jobs: int = 1,
     only: tuple[str, ...] = (),
     run_dir: str = "",

@@ -226,7 +226,7 @@ def test_names_of_runs_and_their_lenders():
     assert [run.name.split("__")[1] for run in smoke] == ["mopo", "mbpo"]  # the lender comes along, and first
     assert str(smoke[0].folder / "dynamics.pt") in smoke[1].command
     names = [run.name for run in suites.expand("headline")]
-    assert "maze2d-umaze-v1__romi_bcq__2__generated" in names and len(names) == 11
+    assert "maze2d-umaze-v1__romi_bcq__2__generated" in names and len(names) == 17
     assert "hopper-medium-replay-v2__romi_cql__0__bundled" in names
     assert [run.name for run in suites.expand("headline", ["maze*__bcq__1__*"])] == [
         "maze2d-umaze-v1__bcq__1__generated"
