@@ -198,7 +198,7 @@ def goal_region(maze, place):
 
 
 def view_trajectories(maze, trajectories, scale=80):
-    """Top view with a line per trajectory, arrays (T, 29) in forward time, from blue at the begin to red at the end."""
+    """Top view with a line per trajectory, arrays (T, 29) in forward time, from blue at its start to red at its end."""
     image, draw, place = top_view(maze, scale)
     for states in trajectories:
         for t in range(len(states) - 1):
