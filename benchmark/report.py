@@ -23,8 +23,8 @@ PUBLISHED = json.loads((RESULTS / "published.json").read_text())
 
 # Our name -> name in published tables, in the order of the tables' rows.
 PRINTED = {
-    "bc": "BC", "cql": "CQL", "romi_cql": "ROMI-CQL", "bcq": "BCQ", "fomi_bcq": "FOMI-BCQ",
-    "romi_bcq": "ROMI-BCQ", "romi_bcq_rbc": "ROMI-RBC-BCQ", "romi_bcq_cvae": "", "sac": "SAC", "mbpo": "MBPO", "mopo": "MOPO",
+    "bc": "BC", "cql": "CQL", "romi_cql": "ROMI-CQL", "bcq": "BCQ", "fomi_bcq": "FOMI-BCQ", "romi_bcq": "ROMI-BCQ",
+    "romi_bcq_rbc": "ROMI-RBC-BCQ", "romi_bcq_cvae": "", "sac": "SAC", "mbpo": "MBPO", "mopo": "MOPO",
     "combo_cql": "CQL", "combo": "COMBO", "atac": "ATAC", "armor": "ARMOR", "bc_expert": "BC-exp", "uds_iql": "UDS",
     "sra_iql": "SRA", "uds_td3bc": "TD3BC", "sra_td3bc": "SRA+TD3BC", "uds_awac": "AWAC", "sra_awac": "SRA+AWAC",
     "uds_sacn": "SAC-N", "sra_sacn": "SRA+SAC-N",
