@@ -2,16 +2,17 @@
 
 Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py and d4rl/locomotion/maze_env.py.
 
-  1. A start and a goal: umaze begins at R, all others in a random cell; the goal lies in one cell, that of GOALS which
-  is nearest to the evaluation's (umaze, play), or in any of GOALS (diverse), anew in each episode.  2. At every step
-  breadth-first search gives the next cell, and chance a point in it; in its own cell the goal is that point.  3. D4RL's
-  policy is told the way there; its action is sampled, moved by N(0, 0.2^2) and clipped.  4. After 1001 rows: a reset.
-  Nothing ends at a goal, the ant runs on about it.  5. Afterwards a goal of the evaluation is drawn, one for all rows;
-  rewards and terminals are 1 where a step ends within 0.5 of it.
+  1. An episode has a start and a goal. umaze starts at R, all others in a random cell. The goal lies in one cell, that
+     of GOALS which is nearest to the evaluation's (umaze, play), or in any of GOALS (diverse).
+  2. At every step breadth-first search gives the next cell. The waypoint is a random point in it, or the goal itself.
+  3. D4RL's policy is told the way there; its action is sampled, moved by N(0, 0.2^2) and clipped.
+  4. After 1001 rows comes a reset. Nothing ends at a goal: the ant runs on about it.
+  5. Afterwards a goal of the evaluation is drawn, one for all rows; rewards and terminals are 1 where a step ends
+     within 0.5 of it.
 
     python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes of a core
-    python datasets/antmaze.py --task umaze --minari          # also for Minari: --env rewind/antmaze/umaze-v0
-    python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated
+    python datasets/antmaze.py --task umaze --minari          # for Minari as well: --env rewind/antmaze/umaze-v0
+    python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated --eval-episodes 100
 
 The policy is D4RL's file ant_hierarch_pol.pkl, in $D4RL_DATASET_DIR or else downloaded from D4RL's server. It is read
 without running a byte of it. Written is HDF5 in D4RL layout, with a .json beside it that holds recipe, versions,
@@ -20,11 +21,14 @@ statistics and sha256. Every 100 episodes are kept on the way: the same command 
 `timeouts` are those of D4RL's v2 files: the last row of each run of the ant, whose successor is not in the file. Runs
 of terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.
 
-Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly (0.8 % of a step), and
-theirs have fewer rewarded rows, by their numbers of episodes 9 154 in a million (umaze), 36 (umaze-diverse), 9 768 and
-1 959 (medium), 12 517 and 6 189 (large); ours some 200 000, 200 000, 6 000, 1 500, 170 000 and 26 000, several times
-more or less as the ants' goals lie near the rewarded one or not. How play chose its one goal is not known either:
---goals all draws it from all of GOALS, as diverse does.
+Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly (0.8 % of a step); the
+last row of an episode is judged by where it led, theirs by the next start; there are no infos/qpos and infos/qvel. By
+their numbers of episodes, theirs have other numbers of rewarded rows than ours, in a million:
+
+           umaze  umaze-diverse  medium-play  medium-diverse  large-play  large-diverse
+    D4RL    9154             36         9768            1959       12517           6189
+
+How play chose its one goal is not known: --goals all draws it from all of GOALS, as diverse does.
 """
 
 import collections
@@ -51,8 +55,8 @@ import utils
 from envs.antmaze import CELL, RADIUS, AntMaze, free_cells, goal_cell, middle, sample_goal
 from plumbing import NonNegative, Seed, UserError
 
-ROWS = 1001  # of an episode: the step counter is compared before it counts
-PART = 100  # episodes that are kept together
+ROWS = 1001  # of an episode: D4RL compares its counter with 1000 before it counts
+PART = 100  # episodes per intermediate file
 GOALS = {  # cells that D4RL's maps for making data mark as goals; first the one nearest to the evaluation's
     "umaze": [(3, 1)],
     "medium": [(6, 5), (2, 6), (5, 1)],
@@ -66,7 +70,7 @@ class Args:
     steps: PositiveInt = 1_000_000
     seed: Seed = 0
     noise: NonNegative = 0.2  # standard deviation of the action noise
-    goals: Literal["one", "all"] | None = None  # of the cells in GOALS; None: by task
+    goals: Literal["one", "all"] | None = None  # of the cells in GOALS; None: one for umaze and play, all for diverse
     minari: bool = False  # also write a Minari data set
     out: Path = utils.GENERATED
     overwrite: bool = False  # replace files that were made with other settings
@@ -157,19 +161,16 @@ def cell_of(position):
 
 @functools.cache
 def next_cell(maze, cell, target):
-    """The neighbour of a cell from which fewest lead to the target, by breadth-first search; a target's is itself."""
-    free, distance, queue = set(free_cells(maze)), {target: 0}, collections.deque([target])
+    """The next cell on a shortest way to the target, or the target where the ant is in it. Of equally short ways the
+    one that D4RL takes: its breadth-first search begins at the target and looks at neighbours in this order."""
+    free, seen = set(free_cells(maze)), [target]
 
     def around(c):
-        return [n for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1)) if (n := (c[0] + i, c[1] + j)) in free]
+        return [n for i, j in ((0, -1), (0, 1), (1, 0), (-1, 0)) if (n := (c[0] + i, c[1] + j)) in free]
 
-    while queue:
-        c = queue.popleft()
-        for n in around(c):
-            if n not in distance:
-                distance[n] = distance[c] + 1
-                queue.append(n)
-    return target if cell == target else min(around(cell), key=distance.get, default=target)
+    for c in seen:  # it grows
+        seen += [n for n in around(c) if n not in seen]
+    return target if cell == target else min(around(cell), key=seen.index, default=target)
 
 
 def waypoint(maze, position, goal, rng):
@@ -217,6 +218,7 @@ def demonstrations(settings, act, folder):
         if part is None:
             runs = []
             for e in range(first, last):
+                # 1 + e: [seed, 0] would be the generator of the rewarded goal
                 runs.append(episode(env, act, np.random.default_rng([seed, 1 + e]), noise, cells, task != "umaze"))
                 progress.update(min(ROWS, steps - e * ROWS))
             part = dict(zip(("obs", "act", "goals"), map(np.stack, zip(*runs, strict=True)), strict=True))
@@ -239,7 +241,8 @@ def relabel(arrays, goal):
 
 
 def statistics(arrays):
-    """What is known of D4RL's files too; how many complete runs of the ant came to their own goals, after how long."""
+    """Counts that are known of D4RL's files, too; the share of complete runs that reach their own goal, and in how many
+    steps (median)."""
     ends, rows = arrays["terminals"] | arrays["timeouts"], len(arrays["rewards"])
     begins = np.r_[True, ends[:-1]]
     stats = {"transitions": rows, "runs": int(arrays["timeouts"].sum()), "reward_rows": int(arrays["rewards"].sum())}
@@ -257,9 +260,11 @@ def main(args, act=None):
     args = plumbing.validate(args)
     path = args.out / f"antmaze_{args.task.replace('-', '_')}.hdf5"
     settings = {k: getattr(args, k) for k in ("task", "steps", "seed", "noise")}
-    settings["goals"] = args.goals or ("all" if args.task.endswith("diverse") else "one")
+    settings |= {"goals": args.goals or ("all" if args.task.endswith("diverse") else "one")}
+    settings |= {"mujoco": mujoco.__version__}
     if path.exists() and path.with_suffix(".json").exists() and not args.overwrite:
         there = plumbing.read_json(path.with_suffix(".json"))
+        there |= there.get("versions", {})
         differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
         if differ:  # training would go on with other data under the same name
             differ = ", ".join(differ)

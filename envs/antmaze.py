@@ -3,14 +3,15 @@
     import gymnasium, envs.antmaze   # the import registers Rewind/AntMaze-<task>-v2, of the six tasks in TASKS
     env = gymnasium.make("Rewind/AntMaze-medium-play-v2", render_mode="rgb_array")
 
-The model is built from the facts of D4RL's (Farama-Foundation/D4RL, d4rl/locomotion): a step is five of 0.02 s (RK4),
-an action of 1 a torque of 30. Its steps are MuJoCo 2.2.0's, to 1e-15 on 2.3.7 and 1e-4 on 4.0.0 (medians).
-Gymnasium-Robotics' AntMaze is another robot with another clock, in the mirror images of these mazes.
+The model is built from the facts of D4RL's (Farama-Foundation/D4RL, d4rl/locomotion): an environment step is five
+physics steps of 0.02 s (RK4), an action of 1 a torque of 30. It follows MuJoCo 2.2.0 to 1e-15 on 2.3.7 and 1e-4 on
+4.0.0 (medians of a step). Gymnasium-Robotics' AntMaze is another robot with another clock, in mirror images of these
+mazes.
 
 Observation: x, y, z, quaternion, 8 joint angles, then their 14 velocities; the goal is not in it. The cell in row r and
-column c of a map has its middle at x = 4 (c - 1), y = 4 (r - 1): the start R is the origin, y grows downwards. A goal
-lies up to 1.5 to the right of and below the middle of G, drawn anew at each reset, as in D4RL's v2. Reward 1 and the
-end: within 0.5 of it after the step. The tasks of a maze differ in their data only.
+column c of a map has its middle at x = 4 (c - 1), y = 4 (r - 1): the start R is the origin, y grows downwards. At each
+reset, as in D4RL's v2, the goal is drawn anew: the middle of G plus U(0, 1) + U(0, 0.5) on each axis. The reward is 1,
+and the episode ends, where a step ends within 0.5 of it. The tasks of a maze differ in their data only.
 """
 
 import gymnasium
@@ -132,7 +133,7 @@ class AntMaze(gymnasium.Env):
         return self.start(self.np_random), {}
 
     def start(self, rng, position=None):
-        """Put the ant near the origin, or at a position, at random; its first observation."""
+        """Reset with D4RL's noise, about the origin or with x, y exactly at `position`; the first observation."""
         qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, 15)
         if position is not None:
             qpos[:2] = position

@@ -275,7 +275,7 @@ def rule(task, **changes):
     """The rule for the end of an episode beside data of which it can say nothing: its rows have no successors."""
     z, obs = torch.zeros(10), torch.zeros(10, 29)
     data = Dataset(obs, torch.zeros(10, 8), z, obs.clone(), z.clone(), z > 0, z.long())
-    data.terminated[:2], data.obs[:2, :2] = 1, torch.tensor([[3.5, 8.0], [4.5, 8.0]])
+    data.terminated[:2], data.next_obs[:2, :2] = 1, torch.tensor([[3.5, 8.0], [4.5, 8.0]])
     return m.termination_fn(parse_task(task), data, replace(ARGS, **changes))
 
 
