@@ -190,8 +190,8 @@ class Clock:
 
 
 def describe_run(script, args, task, data, device, direction, model_flags):
-    """What config.json says: the run's name, every setting, what a result depends on beside its flags, and what decides
-    its dynamics model (direction, names of flags): another run may take the model if that is equal."""
+    """What config.json says: the run's name, every setting, what else a result depends on, and what determines its
+    dynamics model (direction, data, model_flags): another run may take the model if these are equal."""
     source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
     versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
     try:
@@ -364,8 +364,8 @@ def restore(state, parts, total, path):
 
 
 def open_log(path, size, evals=()):
-    """metrics.jsonl, locked while it is open, and cut to the `size` in bytes that the last checkpoint knows of: what
-    came after it will come again. Where some of these are lost, it begins with the checkpoint's evaluations."""
+    """metrics.jsonl, locked while open and cut to `size`, its bytes at the last checkpoint; later lines will be
+    written again. If the file is shorter than that, it begins with the checkpoint's evaluations."""
     log = open(path, "a")
     with contextlib.suppress(ImportError):  # Windows has no fcntl
         import fcntl

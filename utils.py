@@ -738,7 +738,7 @@ def draw_maze(task, trajectories, folder, name):
 
 
 def check_ends(terminates, domain, data):
-    """Does a rule for the ends of imagined episodes say what was recorded? A robot may have been changed."""
+    """Check the termination rule of imagined episodes against the recorded ends; a robot may have been changed."""
     rows = data.has_next
     ended = terminates(data.obs[rows], data.act[rows], data.next_obs[rows])
     share = (ended != (data.terminated[rows] > 0)).float().mean().item()

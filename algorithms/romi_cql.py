@@ -59,7 +59,7 @@ class Args:
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
     bf16: bool = False  # bfloat16 for Q of the penalty's 3N actions, the bulk of an update
     run_dir: str = "runs"  # parent of the run's folder
-    checkpoint_every: PositiveInt = 10_000  # updates; dynamics training writes one an epoch
+    checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
     track: bool = False  # log to Weights & Biases as well
@@ -82,7 +82,7 @@ class Args:
     dynamics_batch_size: PositiveInt = 256
     dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
     dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # training stops after more epochs in which no member improves by 1 %
+    dynamics_patience: NonNegativeInt = 5  # stop after more than this many epochs with no member 1 % better
     dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
     holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
@@ -366,7 +366,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; far above holdout_mse M imagines noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; if far above holdout_mse, rollouts are noise
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -419,8 +419,8 @@ def termination_fn(task, data, args):
 
 
 def row_sampler(rows, returns=None):
-    """Returns a function: size -> so many of `rows` (N, ...), with replacement; uniform, or in proportion to what the
-    return of their trajectory, `returns` (N,), exceeds the worst by (wenzhe-li/romi, dataset_processor.py)."""
+    """Returns a function: size -> that many of `rows` (N, ...), with replacement; uniform, or in proportion to how far
+    the return of their trajectory, `returns` (N,), exceeds the worst (wenzhe-li/romi, dataset_processor.py)."""
     device, n = rows.device, len(rows)
     if returns is None or returns.max() == returns.min():
         return lambda size: rows[torch.randint(n, (size,), device=device)]
@@ -550,7 +550,7 @@ class CQL:
 # Flags that change no update: a run may be carried on with other values of them.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
-# Flags that decide a model, beside data and direction: --dynamics-from takes one for which they are equal.
+# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
 MODEL_FLAGS = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
 MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
@@ -585,8 +585,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields numbers of the steps left. `parts`, objects with a state dict, are restored before the first with the
-        random numbers, and saved to <phase>.pt after every so many steps and after the last."""
+        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
+        before the first, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)

@@ -65,7 +65,7 @@ class Args:
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
     bf16: bool = False  # bfloat16 in the learner's hidden layers
     run_dir: str = "runs"  # parent of the run's folder
-    checkpoint_every: PositiveInt = 10_000  # updates; dynamics training writes one an epoch
+    checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
     track: bool = False  # log to Weights & Biases as well
@@ -526,8 +526,8 @@ class TD3BC:
         return loss, {"losses/clone": clone.detach()}
 
     def set_rates(self, step):
-        """The policy's rate follows a cosine, from the drop on a tenth of it. The others stay until the drop, which
-        takes them to what the policy has at that moment."""
+        """The policy's rate follows a cosine, times 0.1 after the drop. The others are constant until the drop, then
+        constant at the policy's rate at that moment."""
         full, end, drop = self.args.learning_rate, self.args.cosine_updates, self.args.learning_rate_drop
         policy, others = (0.5 * (1 + math.cos(math.pi * min(1, t / end))) if end else 1.0 for t in (step - 1, drop))
         dropped = 0 < drop < step
@@ -568,7 +568,7 @@ class TD3BC:
 # Flags that change no update: a run may be carried on with other values of them. Rates depend on --total-updates.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "track", "device", "dataset", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "expert_dataset"}
-# Flags that decide a model, beside data and direction: --dynamics-from takes one for which they are equal.
+# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
 MODEL_FLAGS = {"seed", "ensemble_size", "dynamics_layers", "dynamics_bf16", "dynamics_optimizer", "dynamics_clip"}
 MODEL_FLAGS |= {"dynamics_learning_rate", "dynamics_batch_size"}
 
@@ -618,8 +618,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields numbers of the steps left. `parts`, objects with a state dict, are restored before the first with the
-        random numbers, and saved to <phase>.pt after every so many steps and after the last."""
+        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
+        before the first, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)

@@ -1,7 +1,7 @@
 """Benchmarks of the scripts in algorithms/, from the project's root:
 
 python -m benchmark run smoke                # every script end to end, minutes; suites: benchmark/suites.toml
-python -m benchmark run headline --jobs 2    # finished runs are skipped, cut ones go on: the same command again
+python -m benchmark run headline --jobs 2    # to resume, repeat it: finished runs are skipped
 python -m benchmark run paper --dry-run      # the plain commands, for xargs, GNU parallel or sbatch
 python -m benchmark run paper --slurm --jobs 100 --gpus 1 --slurm-options partition=gpu
 python -m benchmark collect                  # results of finished runs -> benchmark/results/
@@ -50,7 +50,7 @@ def run(
     gpus: int = 0,
     hours: int = 168,
 ):
-    """Run a suite, `jobs` runs at a time: what is finished is skipped, what was cut goes on.
+    """Run a suite, `jobs` runs at a time; finished runs are skipped, interrupted ones resume.
 
     Args:
         suite: see benchmark/suites.toml
@@ -127,7 +127,7 @@ def collect(
 ):
     """Copy result.json and evaluation lines of finished runs to benchmark/results/, which the tables rest on.
 
-    A result that is there gives way only to the same run carried on, to another one with --force.
+    An existing result is replaced only by a continuation of the same run; with --force, by any run.
     """
     runs = [f for folder in folders for f in ([folder] if (folder / "result.json").exists() else folder.glob("*"))]
     runs = sorted(f for f in runs if (f / "result.json").exists())

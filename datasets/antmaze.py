@@ -15,8 +15,8 @@ Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py
     python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated --eval-episodes 100
 
 The policy is D4RL's file ant_hierarch_pol.pkl, in $D4RL_DATASET_DIR or else downloaded from D4RL's server. It is read
-without running a byte of it. Written is HDF5 in D4RL layout, with a .json beside it that holds recipe, versions,
-statistics and sha256. Every 100 episodes are kept on the way: the same command goes on where it was cut.
+without executing it. Output: HDF5 in D4RL layout, and a .json with recipe, versions, statistics and sha256. Parts of
+100 episodes are saved on the way, so repeating an interrupted command resumes it.
 
 `timeouts` are those of D4RL's v2 files: the last row of each run of the ant, whose successor is not in the file. Runs
 of terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.

@@ -15,8 +15,8 @@ Paper: Haarnoja et al. 2018, arXiv:1812.05905 (SAC with learnt temperature).  Re
     python algorithms/romi_cql.py --env hopper-medium --dataset generated
 
 Each data set is written as HDF5 in D4RL layout, with a .json beside it that holds recipe, versions, seed, returns and
-sha256, and as a Minari data set `rewind/<env>/<kind>-v0`. The same command again resumes a run that was cut and skips
-what is done. Differences from D4RL:
+sha256, and as a Minari data set `rewind/<env>/<kind>-v0`. Repeating the command resumes an interrupted run and skips
+finished data sets. Differences from D4RL:
   1. Gymnasium's v4 robots on today's MuJoCo (hopper and ant with corrected contact margins, utils.make_env), not
      mujoco-py. Scores on this data are therefore reported as `generated` or `bundled`, never as D4RL's.
   2. "medium" is the first evaluation (10 episodes, deterministic actions) whose mean return lies in --medium-band; D4RL
@@ -70,7 +70,7 @@ class Args:
     out: Path = GENERATED  # $REWIND_DATASETS or ~/.rewind/datasets; SAC's checkpoints are kept below it
     minari: bool = True  # also write Minari data sets
     infos: bool = True  # also record qpos and qvel, as D4RL does
-    num_threads: PositiveInt = 1  # networks this small gain nothing from a second; a second seed on the other core does
+    num_threads: PositiveInt = 1  # a second core does not speed up networks this small; run another seed on it
 
     # --- data ---
     steps: PositiveInt = 1_000_000  # transitions of random, medium and expert

@@ -184,8 +184,8 @@ def view_states(maze, groups, scale=60):
 
 
 def wall_distance(maze, begin, end):
-    """Distance in m from the ball's centre to the nearest wall, the least on the straight way between positions begin
-    and end, (C, 2) each: (C,). 0 where the way enters a wall or leaves the maze; a ball touches below its radius, 0.1.
+    """Least distance in m from the ball's centre to a wall along the segment from begin to end, (C, 2) each: (C,).
+    0 where it enters a wall or leaves the maze; below 0.1, its radius, the ball touches.
 
     A way and a block that do not meet are nearest at an end of the way or at a corner of the block.
     """

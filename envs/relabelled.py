@@ -1,4 +1,4 @@
-"""MOPO's two tasks that ask for something else than the agent did whose data they use."""
+"""MOPO's two tasks whose reward differs from the one that the data-collecting agent was trained on."""
 
 import gymnasium
 import numpy as np
@@ -7,7 +7,7 @@ import numpy as np
 def relabelled_reward(kind, act, next_obs):
     """Reward of the tasks that MOPO made of a running agent's data; act (..., A), next_obs (..., O) -> (...).
 
-    run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, which the agent was trained on who made the data of jump
+    run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, the training reward of the agent that collected jump's data
     jump  (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2 (z: height above the nominal pose)
     angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
 
