@@ -466,7 +466,7 @@ def main(args):
             if kind in RELABELLED:
                 rewards = relabelled_reward(kind, data["actions"], data["next_observations"])
                 data["rewards"] = rewards.astype(np.float32)
-                recipe += " under its own reward; rewards relabelled afterwards (utils.relabelled_reward)"
+                recipe += " under its own reward; rewards relabelled afterwards (envs.relabelled)"
         write(paths[kind], data, facts | {"kind": kind, "recipe": recipe}, args)
 
 
