@@ -478,3 +478,25 @@ def test_case_study(make, tmp_path):
     case_study((folder,), out=tmp_path, episodes=2, chains=10)
     assert (tmp_path / "case_study_antmaze-umaze-v2__antmaze_umaze.png").stat().st_size > 10_000
     assert "| antmaze-umaze, antmaze_umaze | romi_bcq 0 | 10 | 0.0 ± 0.0 |" in report.case_study_table(tmp_path)
+
+
+def test_data_of_another_mujoco_are_not_taken_for_the_same(make, tmp_path):
+    make()
+    file = tmp_path / "data" / "antmaze_umaze.json"
+    file.write_text(file.read_text().replace(f'"mujoco": "{mujoco.__version__}"', '"mujoco": "2.2.0"'))
+    with pytest.raises(UserError, match=r"made with other mujoco \(2\.2\.0 there"):
+        make()
+
+
+def test_a_wrong_estimate_of_the_goal_is_told(capsys):
+    obs, ends = torch.zeros(100, 29), torch.arange(100) < 2
+    rows = dict(obs=obs, act=torch.zeros(100, 8), rew=ends.float(), has_next=ends | True, trajectory=torch.arange(100))
+    for apart, told in (
+        (0.4, False),
+        (4.0, True),
+    ):  # positions of two rewarded rows; the goal is estimated between them
+        after = obs.clone()
+        after[:, 0], after[0, 0], after[1, 0] = 9.0, 0.0, apart
+        data = utils.Dataset(next_obs=after, terminated=ends.float(), path="x.hdf5", **rows)
+        romi_bcq.termination_fn(parse_task("antmaze-umaze"), data, romi_bcq.Args())
+        assert ("x.hdf5: the rule for the end of antmaze is wrong for 2.0%" in capsys.readouterr().err) == told
