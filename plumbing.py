@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import inspect
 import io
 import json
@@ -27,6 +28,7 @@ for _name in ("stdout", "stderr"):  # closed by the shell: some of the libraries
         os.set_inheritable(getattr(sys, _name).fileno(), True)
 
 import gymnasium
+import h5py
 import mujoco
 import numpy as np
 import torch
@@ -83,12 +85,12 @@ def run_script(main, args_class, doc):
         known = isinstance(e, MemoryError | OverflowError | torch.OutOfMemoryError)
         if not known and not any(word in str(e).lower() for word in ("alloc", "overflow")):
             raise
-        status, error = 2, f"out of memory; {largest_size(args)} is the largest size asked for"
+        status, error = 2, f"out of memory{largest_size(args)}"
     with contextlib.suppress(OSError):  # a pipe that nobody reads any more
         if error:
             tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on a line of its own
         elif status:
-            tqdm.write("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            tqdm.write("interrupted; the same command goes on", file=sys.stderr)
     sys.exit(status)
 
 
@@ -100,8 +102,8 @@ def show_help(args_class, doc):
             print(f"\n{group[1]}")
         elif field := re.match(r"    (\w+): (.+?) = (.+?)(?:  # (.*))?$", line):
             name, kind, default, comment = field.groups()
-            flag = f"--{name}".replace("_", "-") + (f" / --no-{name}".replace("_", "-") if "bool" in kind else "")
-            choices = ", ".join(re.findall(r'"(\w+)"', kind)) if "Literal" in kind else ""
+            flag = f"--{name}".replace("_", "-") + (f" / --no-{name}".replace("_", "-") if kind == "bool" else "")
+            choices = ", ".join(re.findall(r'"(\w+)"', kind)) or "True, False" * (kind == "bool | None")
             print(f"  {flag:40} {default:24} {'; '.join(filter(None, (choices, comment)))}")
     module = inspect.getmodule(args_class)
     if settings := getattr(module, "SETTINGS", None):
@@ -110,14 +112,14 @@ def show_help(args_class, doc):
 
 
 def largest_size(args):
-    """The flag, with its value, that asks for most memory."""
+    """Words on the flag, with its value, that asks for most memory."""
     sizes, no_size = {}, ("seed", "updates", "every", "epochs", "horizon", "warmup")
     for name, value in asdict(args).items():
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
         if numbers and not any(word in name for word in no_size):
             sizes[name] = max(numbers)
-    name = max(sizes, key=sizes.get)
-    return f"--{name.replace('_', '-')} {sizes[name]}"
+    name = max(sizes, key=sizes.get, default="")
+    return f"; --{name.replace('_', '-')} {sizes[name]} is the largest size asked for" if name else ""
 
 
 def validate(args):
@@ -141,7 +143,7 @@ def start(args):
     # The moments of dead units decay into denormal numbers, on which a CPU is 20 times slower; Adam takes 5 times as
     # long. Flushed they change no weight. Only threads that start after this call flush them.
     torch.set_flush_denormal(True)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
     if args.compile:
@@ -189,11 +191,14 @@ class Clock:
 # --- what a run is ---
 
 
+def versions(*modules):
+    return {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}
+
+
 def describe_run(script, args, task, data, device, direction, model_flags):
     """What config.json says: the run's name, every setting, what else a result depends on, and what determines its
     dynamics model (direction, data, model_flags): another run may take the model if these are equal."""
     source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
-    versions = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
     try:
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -202,7 +207,7 @@ def describe_run(script, args, task, data, device, direction, model_flags):
     config |= {"obs_dim": data.obs.shape[1], "act_dim": data.act.shape[1]}
     settings = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in asdict(args).items()}  # JSON has no inf
     config |= {"args": settings, "task": task.id, "dataset": data.facts(), "device": str(device)}
-    config |= {"versions": versions | {"python": platform.python_version()}, "git_commit": git or None}
+    config |= {"versions": versions(torch, np, gymnasium, mujoco), "git_commit": git or None}
     config |= {"command": [Path(script).name, *sys.argv[1:]], "wandb_id": uuid.uuid4().hex[:8]}
     decides = {"direction": direction, "data": data.sha256} | {k: getattr(args, k) for k in sorted(model_flags)}
     return json.loads(json.dumps(config | {"decides": {"dynamics": decides}}))
@@ -216,8 +221,8 @@ def differences(ours, theirs, bookkeeping):
     for key in ("script", "device", "dataset"):
         if ours[key] != theirs.get(key):
             words.append("data" if key == "dataset" else f"{key} ({theirs.get(key)} there)")
-    for name in sorted(ours["args"].keys() | theirs["args"].keys() - bookkeeping):
-        if name not in bookkeeping and ours["args"].get(name) != theirs["args"].get(name):
+    for name in sorted((ours["args"].keys() | theirs["args"].keys()) - bookkeeping):
+        if ours["args"].get(name) != theirs["args"].get(name):
             words.append(f"--{name.replace('_', '-')} ({theirs['args'].get(name)} there)")
     return words
 
@@ -267,6 +272,29 @@ def write_image(path, image):
     write_file(path, buffer.getbuffer())
 
 
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_hdf5(path, arrays, facts, level=1, attributes=()):
+    """Arrays in an HDF5 file, with the named ones of the facts, which also go into a sheet beside it, .json, written
+    last: its presence means "done". A file is replaced only by one that is complete. level: gzip's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with h5py.File(part, "w") as f:
+            for k, v in arrays.items():
+                f.create_dataset(k, data=v, compression="gzip", compression_opts=level, shuffle=True)
+            for k in attributes:
+                f.attrs[k] = facts[k]
+        facts = facts | {"bytes": part.stat().st_size, "sha256": file_sha256(part)}
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+
+
 def read_json(path):
     """A dict; UserError where the file holds anything else."""
     try:
@@ -274,24 +302,24 @@ def read_json(path):
         if not isinstance(content, dict) or not content:
             raise ValueError("it holds no settings")
     except ValueError as e:
-        raise UserError(f"{path}: is damaged ({e}); restore it or give another --run-dir") from None
+        raise UserError(f"{path}: is damaged ({e}); restore it, or begin in another folder") from None
     return content
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, keys=FACTS):
     """The dict in a checkpoint, on the CPU; UserError where it is damaged or none of these scripts'."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if archive.testzip():
                 raise ValueError("its checksums do not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not state.keys() >= set(FACTS):
+        if not isinstance(state, dict) or not state.keys() >= set(keys):
             raise ValueError("it is no checkpoint of these scripts")
     except Exception as e:  # whatever the bytes of a damaged file lead to
         if isinstance(e, OSError) and e.filename:
             raise
         why = str(e).split("\n")[0][:80]
-        raise UserError(f"{path}: cannot be read ({why}); restore the file or give another --run-dir") from None
+        raise UserError(f"{path}: cannot be read ({why}); restore it, or begin in another folder") from None
     return state
 
 
@@ -350,13 +378,14 @@ def save(path, parts, facts):
 
 def restore(state, parts, total, path):
     """Put objects and random numbers back as a checkpoint has them; returns its step."""
+    whose = path if path.exists() else f"{path.name} of run {state['config']['name']}"  # that lends it
     if total is not None and state["step"] > total:
-        raise UserError(f"{path} has {state['step']} steps already, more than the {total} asked for")
+        raise UserError(f"{whose} has {state['step']} steps already, more than the {total} asked for")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (KeyError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: does not fit this script ({str(e)[:80]}); give another --run-dir") from None
+        raise UserError(f"{whose}: does not fit this script ({str(e)[:80]}); give another --run-dir") from None
     torch.set_rng_state(state["rng"][0])
     if len(state["rng"]) > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"][1])

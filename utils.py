@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import hashlib
 import http.client
-import importlib
 import io
 import json
 import os
@@ -34,8 +33,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from envs import antmaze, maze2d
 from envs.relabelled import Relabelled, relabelled_reward
-from plumbing import UserError, write_image
+from plumbing import UserError, file_sha256, write_image
 
 ROOT = Path(__file__).resolve().parent
 HOME = ROOT if os.path.expanduser("~") == "~" else Path.home()  # there are users without a home
@@ -65,7 +65,7 @@ REFERENCE = {
 }
 # Widths of observations and actions.
 WIDTHS = dict(halfcheetah=(17, 6), hopper=(11, 3), walker2d=(17, 6), ant=(27, 8), maze2d=(4, 2), antmaze=(29, 8))
-MAX_STEPS = {"maze2d-umaze": 300, "maze2d-medium": 600, "maze2d-large": 800, "antmaze-umaze": 700}  # 1000 elsewhere
+MAZES = {"maze2d": maze2d, "antmaze": antmaze}  # domain -> module of its environments and pictures
 # First digits of the official files' sha256, in the order of _d4rl_tasks (tensorflow/datasets, checksums.tsv).
 SHA256 = {
     "halfcheetah": "25407aef85b5d16c 41324e8487a9556d 48d494a4770c11f4 015db75dae5bbe8e d9fe53bb994eb1e2",
@@ -104,7 +104,8 @@ def _d4rl_tasks():
     tasks = {}
 
     def add(domain, kind, version, reference, file, sha256=""):
-        id, steps = f"{domain}-{kind}-{version}", MAX_STEPS.get(f"{domain}-{kind.split('-')[0]}", 1000)
+        id = f"{domain}-{kind}-{version}"
+        steps = MAZES[domain].MAX_STEPS[kind.split("-")[0]] if domain in MAZES else 1000
         sources = ("d4rl", "bundled", "generated") if file else ("generated",)
         tasks[id] = Task(id, domain, kind, reference, steps, sources, file, sha256.strip("-"))
 
@@ -191,7 +192,7 @@ class Dataset:
         """Of an antmaze, (2,): rewarded positions lie within 0.5 of it, so it is their middle."""
         reached = self.next_obs[self.terminated > 0, :2]
         if not len(reached):
-            raise UserError("--dataset: no row of it ends at the goal, so where imagined episodes end is unknown")
+            raise UserError("--dataset: no row of it is at the goal, so imagined episodes need --no-imagined-ends")
         return (reached.amax(0) + reached.amin(0)) / 2
 
     def facts(self):
@@ -209,11 +210,6 @@ def unpack(rows, obs_dim, act_dim):
     return obs, act, rew.squeeze(-1), next_obs, terminated.squeeze(-1)
 
 
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def load_dataset(task, source="auto", rewards=True):
     """Dataset of `task` from `source`: auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL
     layout. rewards: whether they are needed; if not, a file may lack them, and `rew` is 0.
@@ -229,7 +225,7 @@ def load_dataset(task, source="auto", rewards=True):
         data = _read_minari(path)
     else:
         sha256 = file_sha256(path)  # before HDF5, which would call a file that must not be read damaged
-        data = _read_hdf5(Path(path), task, rewards)
+        data = _read_hdf5(Path(path), task, rewards, ours=kind == "generated")
         data.id, data.sha256 = task.id if kind == "d4rl" else Path(path).stem, sha256
     data.source, data.path = kind, str(path)
     if task.domain and path != task.id:  # a Minari task's own data may be wider: Ant-v5 has 105 observations
@@ -331,7 +327,7 @@ def _find(task, source):
 
 
 def _generate(task, path, *flags):
-    """A maze's data, made on first use: maze2d takes seconds, antmaze ten minutes. An interrupt ends the child too."""
+    """A maze's data, made on first use: maze2d takes a minute or more, antmaze ten. An interrupt ends the child too."""
     what = ["--task", task.kind] if task.domain == "antmaze" else ["--maze", task.kind.split("-")[0]]
     if task.domain == "antmaze":
         ant_policy()
@@ -431,7 +427,7 @@ def _read_array(f, key, required, bad):
     return out
 
 
-def _read_hdf5(path, task, rewards=True):
+def _read_hdf5(path, task, rewards=True, ours=False):
     bad = f"{path}: "
     with _open(path) as f:
         needed = ("observations", "actions", "terminals") + ("rewards",) * rewards
@@ -453,12 +449,11 @@ def _read_hdf5(path, task, rewards=True):
         raise UserError(f"{bad}has all-zero observations, {defect}")
     if timeouts is None:
         timeouts = _timeouts_from_horizon(terminals, task.max_steps)
-    if task.id.startswith("antmaze-") and task.id.endswith(
-        "v0"
-    ):  # its flags are out of step with the resets; ROMI's rule
+    if re.fullmatch("antmaze-.*-v0", task.id) and not ours:  # D4RL's are out of step with the resets; ROMI's rule
         jump = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1)
         timeouts = np.r_[jump > 10 * jump.mean(), True]
-    # An antmaze goes on at the goal: the row after a terminal one is its successor, and only those show a reward.
+    # An antmaze was recorded beyond the goal: the row after a terminal one is its successor. Every rewarded row is
+    # terminal, so a model without terminal rows would never see a reward.
     return _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go_on=task.domain == "antmaze")
 
 
@@ -487,7 +482,8 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go
         ends[-1] = True  # where a fragment ends is an end too, but its last row has no successor
         unknown = timeouts if terminals_go_on else ends
         unknown[-1] = True
-        keep, has_next = ~unknown | (terminals & (not terminals_go_on)), ~unknown
+        has_next = ~unknown
+        keep = has_next if terminals_go_on else has_next | terminals
         next_obs = np.empty_like(obs)
         next_obs[:-1] = obs[1:]
         next_obs[unknown] = obs[unknown]
@@ -556,7 +552,7 @@ def _read_minari(dataset_id):
     for file in sorted(p for p in Path(data.storage.data_path).rglob("*") if p.is_file()):
         digest.update(bytes.fromhex(file_sha256(file)))
     sha256, bad = digest.hexdigest(), f"Minari data set {dataset_id}: "
-    cache = GENERATED.parent / "cache" / f"{sha256}.npz"
+    cache = GENERATED / "cache" / f"{sha256}.npz"
     try:
         with np.load(cache) as arrays:
             flat = [arrays[k] for k in names]
@@ -590,7 +586,7 @@ def _flat_minari(data, bad):
         raise UserError(f"{bad}is empty")
     dtypes = (np.float32,) * 4 + (bool,) * 2
     flat = [np.concatenate(x).astype(dtype) for x, dtype in zip(zip(*rows, strict=True), dtypes, strict=True)]
-    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
+    low, high = (np.asarray(x, np.float32) for x in (data.spec.action_space.low, data.spec.action_space.high))
     if np.isfinite(low).all() and np.isfinite(high).all():
         flat[1] = (2 * (flat[1] - low) / (high - low) - 1).clip(-1, 1)  # to [-1, 1]; make_env undoes it
     for name, x in zip(("observations", "actions", "rewards", "next observations"), flat, strict=False):
@@ -639,11 +635,9 @@ def make_env(task):
     """
     task = TASKS[f"{task}-medium-v2"] if isinstance(task, str) else task
     if task.domain == "maze2d":
-        import envs.maze2d  # noqa: F401 - registers the mazes
-
         return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")
-    if task.domain == "antmaze":  # of v0's data sets too
-        return gymnasium.make(f"envs.antmaze:Rewind/AntMaze-{task.kind}-v2")
+    if task.domain == "antmaze":  # for v0's data, too, whose environment kept one goal
+        return gymnasium.make(f"Rewind/AntMaze-{task.kind}-v2")
     ours = task.domain in ROBOTS and task.id.startswith("rewind/")  # Minari cannot store the corrected margins
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)  # of a deprecated word in halfcheetah's XML, once an environment
@@ -699,14 +693,12 @@ def rollout(envs, act, seed):
             actions = np.asarray(act(torch.from_numpy(np.stack([seen[i][-1] for i in alive]))))
             if not np.isfinite(actions).all():
                 raise UserError("actions are not finite: the policy has diverged", status=3)
-            ended = []
-            for i, action in zip(alive, actions, strict=True):
+            for i, action in zip(alive[:], actions, strict=True):
                 obs, rew, terminated, truncated, _ = envs[i].step(action)
                 seen[i].append(np.asarray(obs, np.float32))
                 rewards[i].append(rew)
                 if terminated or truncated:
-                    ended.append(i)
-            alive = [i for i in alive if i not in ended]
+                    alive.remove(i)
     return [np.stack(s) for s in seen], [np.array(r, float) for r in rewards]
 
 
@@ -732,9 +724,9 @@ def evaluate(task, envs, act, seed, gamma, folder=None, episodes=None):
 
 def draw_maze(task, trajectories, folder, name):
     """On a maze, the top view of some trajectories, (T, O) each, as <folder>/<name>.png."""
-    if folder is not None and task.domain in ("maze2d", "antmaze"):
-        view_trajectories = importlib.import_module(f"envs.{task.domain}").view_trajectories
-        write_image(folder / f"{name}.png", view_trajectories(task.kind.split("-")[0], trajectories[:100]))
+    if folder is not None and task.domain in MAZES:
+        image = MAZES[task.domain].view_trajectories(task.kind.split("-")[0], trajectories[:100])
+        write_image(folder / f"{name}.png", image)
 
 
 def check_ends(terminates, domain, data):
@@ -744,11 +736,13 @@ def check_ends(terminates, domain, data):
     share = (ended != (data.terminated[rows] > 0)).float().mean().item()
     how = "--no-imagined-ends lets imagined episodes never end; or write the data's rule into termination_fn"
     wrong = f"{data.path}: the rule for the end of {domain} is wrong for {share:.1%} of its rows"
-    if share > 1e-3 and domain == "antmaze":
+    if not share > 1e-3:  # nor NaN, of no row
+        return
+    if domain == "antmaze":
         print(f"note: {wrong}; the goal is estimated from where the rewarded rows lead", file=sys.stderr)
-    elif share > 1e-3 and domain in WIDTHS:
+    elif domain in WIDTHS:
         raise UserError(f"{wrong}; {how}")
-    if share > 1e-3 and not domain:
+    elif not domain:
         print(f"note: no rule is known for the ends of {data.id} ({share:.1%} of its rows); {how}", file=sys.stderr)
 
 
@@ -757,18 +751,18 @@ def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, fold
     act, next_obs), (C, ...) each, in forward time."""
     stats = {f"model/imagined_reward_{k}": v for k, v in (("min", rew.min()), ("max", rew.max()), ("mean", rew.mean()))}
     stats["model/imagined_terminated"] = terminated.mean()
-    if task.domain in ("maze2d", "antmaze") and (n := min(len(step[0]) for step in chains)):
-        replay_error = importlib.import_module(f"envs.{task.domain}").replay_error
+    if task.domain in MAZES and (n := min(len(step[0]) for step in chains)):
         obs, act, next_obs = (torch.stack([step[k][:n].cpu() for step in chains], 1) for k in range(3))  # (C, h, ...)
         draw_maze(task, torch.cat([obs[:, :1], next_obs], 1).numpy(), folder, "imagination")
-        one, all_steps = replay_error(task.kind.split("-")[0], *(x.double().numpy() for x in (obs, act, next_obs)))
+        steps = (x.double().numpy() for x in (obs, act, next_obs))
+        one, all_steps = MAZES[task.domain].replay_error(task.kind.split("-")[0], *steps)
         stats |= {"model/replay_error_1": one, f"model/replay_error_{len(chains)}": all_steps}
     return stats
 
 
 def describe_augmentation(task, expert, supplementary, obs, act, next_obs, unscale, folder, step):
     """Metrics of imagined rows after so many updates: obs, act, next_obs (M, ...), in the scale of the expert and
-    supplementary states, (N, O) each, which unscale undoes. On a maze also the simulator's word on 500 of the rows, the
+    supplementary states, (N, O) each, which unscale undoes. On a maze also the simulator's word on some 500 rows, the
     share that is at rest, and where all these states are: <folder>/augmentation_<step>.png."""
 
     def some(x, n):
@@ -776,13 +770,12 @@ def describe_augmentation(task, expert, supplementary, obs, act, next_obs, unsca
 
     stats = {"model/distance_to_expert": torch.cdist(some(obs, 2_000), some(expert, 10_000)).amin(1).median()}
     if task.domain == "maze2d":
-        from envs.maze2d import replay_error, view_states
-
         maze = task.kind.split("-")[0]
         groups = {"expert": expert, "supplementary": supplementary, f"imagined after {step} updates": obs}
         groups = {k: unscale(some(x, 5_000)).cpu().numpy() for k, x in groups.items()}
-        write_image(folder / f"augmentation_{step}.png", view_states(maze, groups))
+        write_image(folder / f"augmentation_{step}.png", maze2d.view_states(maze, groups))
         steps = (unscale(some(obs, 500)), some(act, 500), unscale(some(next_obs, 500)))  # chains of one step
-        stats["model/replay_error_1"] = replay_error(maze, *(x[:, None].double().cpu().numpy() for x in steps))[0]
+        steps = (x[:, None].double().cpu().numpy() for x in steps)
+        stats["model/replay_error_1"] = maze2d.replay_error(maze, *steps)[0]
         stats["model/imagined_at_rest"] = (unscale(obs)[:, 2:].norm(dim=1) < 0.1).float().mean()
     return stats

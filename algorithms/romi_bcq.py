@@ -17,20 +17,23 @@ sfujim/BCQ (continuous_BCQ).
     python algorithms/romi_bcq.py --env maze2d-umaze --model-ratio 0        # BCQ
 
 Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped
-to +-0.5, a batch has a fixed share of imagined rows, and start states and real rows are drawn in proportion to the
-return of their trajectory (not on maze2d: SETTINGS). BCQ's generator is trained on the mixed batch, so it imitates
-imagined actions, too. l. is a line of ROMI's Algorithm 1. Differences from the code:
+to +-0.5, a batch has a fixed share of imagined rows, a chain stops after a row whose s' is terminal, even its first,
+and start states and real rows are drawn in proportion to how far the return of their trajectory exceeds the worst (not
+on maze2d: SETTINGS). On antmaze that leaves the trajectories that reach the goal; every rewarded row ends one. BCQ's
+generator is trained on the mixed batch, so it imitates imagined actions, too. l. is a line of ROMI's Algorithm 1.
+Differences from the code:
   1. Batches are split exactly, round(eta B) imagined rows and the rest real.
   2. Draws by return are with replacement and exact, not from a sum tree; uniform where all weights are 0.
-  3. Rows at time limits with a recorded successor are used; the code drops them.
+  3. Rows at time limits with a recorded successor are used; the code drops them. Terminal rows train the models, too;
+     in the code only on antmaze.
   4. RBC minimises the paper's negative log-likelihood; the code subtracts half an entropy and takes std for variance.
   5. tanh's correction log(1 - a^2) is exact, without + 1e-6. A hopper below -100 ends a chain as one above 100 does.
-  6. Elites are those of the holdout rows of training, an antmaze's goal comes from its rewarded positions.
+  6. Elites are chosen on the holdout rows of training; the code draws new ones. An antmaze's goal is estimated from its
+     rewarded positions; the code asks the environment.
 """
 
 import copy
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,7 +76,7 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 10  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model
@@ -102,8 +105,8 @@ class Args:
     rollout_policy_batch_size: PositiveInt = 100
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder, also of BCQ's generator
-    kl_weight: NonNegative = 0.5  # of the mean KL; ROMI Eq. 3 in summed form would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # sampled latents are clipped to +- this; inf as in the paper
+    kl_weight: NonNegative = 0.5  # rollout policy: weight of the mean KL; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # rollout policy: sampled latents are clipped; paper: inf
     rbc_hidden: PositiveInt = 256  # width of the 2 hidden layers
     rbc_entropy: NonNegative = 0.0  # weight of an entropy bonus; 0.5 in the code
 
@@ -395,7 +398,7 @@ def train_rollout_policy(cond, act, args, run):
 
 
 def termination_fn(task, data, args):
-    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? The rules of Gymnasium's v4 robots."""
+    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? As Gymnasium's v4, D4RL's antmaze."""
     domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
@@ -421,8 +424,7 @@ def row_sampler(rows, returns=None):
     device, n = rows.device, len(rows)
     if returns is None or returns.max() == returns.min():
         return lambda size: rows[torch.randint(n, (size,), device=device)]
-    weights = (returns - returns.min()) / (returns.max() - returns.min()).clamp(min=1)
-    cdf = weights.double().cumsum(0).to(device, torch.float32 if device.type == "mps" else torch.float64)
+    cdf = (returns - returns.min()).cumsum(0).to(device, torch.float32 if device.type == "mps" else torch.float64)
 
     def sample(size):
         u = torch.rand(size, dtype=cdf.dtype, device=device) * cdf[-1]
@@ -438,9 +440,9 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
     M = args.model_buffer_size
     num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # whole chains in a small buffer, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")
-    while filled < M:
+    while filled < M:  # l. 11
         cond = starts(num_starts)  # target states s_t+1, l. 12
-        for _ in range(args.horizon):  # l. 11
+        for _ in range(args.horizon):  # the h steps of l. 13
             act = rollout_policy(cond)  # a_t ~ G(.|s_t+1), l. 13
             pred, rew = dynamics.sample(cond, act)  # s_t, r_t ~ p(.|s_t+1, a_t), l. 13
             obs, next_obs = pred, cond
@@ -449,10 +451,10 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
             buffer = rows.new_empty(M, rows.shape[1]) if buffer is None else buffer
             buffer[filled : filled + len(rows)] = rows  # l. 14
             filled += len(rows)
-            if len(chains) < args.horizon:  # of the first rollout; a chain that ends is no longer looked at
+            if len(chains) < args.horizon:  # the first rollout; a chain that ends is left out of earlier steps, too
                 n = len(chains[0][0]) if chains else min(500, len(rows))
                 chains = [[x[:n][~terminated[:n]] for x in step] for step in (*chains, (obs, act, next_obs))]
-            cond = pred[~terminated]  # one step back in time; a chain stops after a row with a terminal end
+            cond = pred[~terminated]  # one step back in time; as in the code, not from a row whose s' is terminal
         bar.update(filled - bar.n)
     bar.close()
     return buffer, chains
@@ -556,7 +558,7 @@ def resolve(args, task):
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
     name = "romi_bcq" if args.model_ratio > 0 else "bcq"
-    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
+    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 
 
 class Run:

@@ -32,7 +32,6 @@ that of sra_iql.py, with its differences from the code. Of the learner this is o
 
 import copy
 import math
-import os
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +76,7 @@ class Args:
     expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # the first so many of them
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 30  # per evaluation, with greedy actions; 0: never touch the simulator
+    eval_episodes: Episodes = 30  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # members of the model
@@ -110,8 +109,8 @@ class Args:
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the mean KL; ROMI Eq. 3 in summed form would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # sampled latents are clipped to +- this; inf as in the paper
+    kl_weight: NonNegative = 0.5  # rollout policy: weight of the mean KL; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # rollout policy: sampled latents are clipped; paper: inf
 
     # --- learner ---
     batch_size: PositiveInt = 512  # real and imagined rows together
@@ -577,7 +576,7 @@ def resolve(args, task):
     if args.model_ratio > 0 and not rounds:
         print(f"note: --warmup {args.warmup} covers all updates, so nothing is imagined", file=sys.stderr)
     name = "sra_awac" if rounds else "uds_awac"
-    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or os.cpu_count())
+    return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 
 
 class Run:

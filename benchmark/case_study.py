@@ -12,22 +12,23 @@ noise, as in training. Everything is seeded.
 import importlib
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from pydantic import TypeAdapter
 from scipy.spatial import cKDTree
 
 from benchmark.report import FIGURES, RESULTS
-from utils import UserError, load_dataset, make_env, normalized_score, parse_task, rollout
+from utils import MAZES, UserError, load_dataset, make_env, normalized_score, parse_task, rollout
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 
 
 def discrepancy(tree, trajectories):
-    """Eq. 5 for each of the trajectories, arrays (T, 4): (len(trajectories),). `tree`, a cKDTree, holds the data."""
+    """Eq. 5 for each of the trajectories, arrays (T, O): (len(trajectories),). `tree`, a cKDTree, holds the data."""
     nearest = tree.query(np.concatenate(trajectories), workers=-1)[0]
     lengths = np.array([len(t) for t in trajectories])
     return np.add.reduceat(nearest, np.cumsum(lengths) - lengths) / lengths
@@ -63,14 +64,13 @@ class FinishedRun:
         try:
             self.folder, self.config = folder, json.loads((folder / "config.json").read_text())
             self.script = importlib.import_module(Path(self.config["script"]).stem)
-            known = {f.name for f in fields(self.script.Args)}
-            self.args = self.script.Args(**{k: v for k, v in self.config["args"].items() if k in known})
+            self.args = TypeAdapter(self.script.Args).validate_python(self.config["args"])
             self.task = parse_task(self.config["task"])
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise UserError(f"{folder}: is no run of these scripts ({type(e).__name__}: {e})") from None
-        if self.task.domain not in ("maze2d", "antmaze") or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
+        if self.task.domain not in MAZES or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
             raise UserError(f"{folder}: a case study is of runs of romi_bcq.py and fomi_bcq.py on maze2d and antmaze")
-        self.world = importlib.import_module(f"envs.{self.task.domain}")
+        self.world = MAZES[self.task.domain]
         self.label, self.reverse = f"{self.args.exp_name} {self.args.seed}", self.script.__name__ == "romi_bcq"
         self.dynamics, self.maze = None, self.task.kind.split("-")[0]
 

@@ -59,6 +59,7 @@ def read(results):
         aside = ASIDE.get(row["algorithm"].split("_")[0], "imitation" if "expert" in data else "")
         row["setting"] = "-".join(filter(None, [task.replace("/", "-"), aside]))
         row["unit"] = "Return" if in_returns else "Score"
+        row["script"] = result.get("script") or (result.get("command") or [""])[0]
         row["curve"] = {x["update"]: x["eval/return" if in_returns else "eval/normalized_score"] for x in lines}
         row["gain"] = {x["update"]: x.get("reference/discounted_improvement") for x in lines}
         if "discounted_improvement" in result:
@@ -106,7 +107,7 @@ def cells(runs):
     for key, group in runs.groupby(keys, sort=False):
         if group.seed.duplicated().any():
             raise UserError(f"{', '.join(group.folder)}: two results of one seed that differ in nothing recorded")
-        cut = not group.folder.str.contains("__(?:sra|uds)").any()  # SRA's schedule depends on the length of a run
+        cut = not group.script.str.startswith("sra_").any()  # SRA's schedule depends on the length of a run
         for updates in sorted(group.updates.unique()):
             there = group[(group.updates >= updates) if cut else (group.updates == updates)].sort_values("seed")
             there = there[[updates in curve for curve in there.curve]]

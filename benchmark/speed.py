@@ -44,10 +44,13 @@ def measure(tree, name, more, folder):
     with tempfile.TemporaryDirectory(dir=folder) as runs, open(folder / "log", "w+") as log:
         command = [sys.executable, f"algorithms/{script}.py", *flags, f"--run-dir={runs}"]
         process, stamps = subprocess.Popen(command, cwd=tree, stdout=log, stderr=log), []
-        while process.poll() is None:
-            time.sleep(0.02)
-            text = "".join(file.read_text() for file in Path(runs).glob("*/metrics.jsonl"))
-            stamps += [time.time()] * (text.count('"model/epoch":') - len(stamps))
+        try:
+            while process.poll() is None:
+                time.sleep(0.02)
+                text = "".join(file.read_text() for file in Path(runs).glob("*/metrics.jsonl"))
+                stamps += [time.time()] * (text.count('"model/epoch":') - len(stamps))
+        finally:
+            process.kill()  # where this one is ended
         if process.returncode:
             log.seek(0)
             raise UserError(f"{' '.join(command)} failed in {tree}: {log.read()[-500:]}")

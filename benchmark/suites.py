@@ -91,8 +91,6 @@ def sweep_files():
         sweep["parameters"] = {"env": {"values": tasks}, "seed": {"values": row.get("seeds", [0, 1, 2])}}
         sweep["command"] = ["${env}", "${interpreter}", "${program}", "--track", "--dataset", "d4rl", "${args}"]
         file = HERE / "sweeps" / f"{row['name']}.yaml"
-        how = (
-            f"# Made by `python -m benchmark sweeps`. wandb sweep benchmark/sweeps/{file.name}, then wandb agent <id>\n"
-        )
-        files[file] = how + yaml.safe_dump(sweep, sort_keys=False)
+        how = f"wandb sweep benchmark/sweeps/{file.name}, then wandb agent <id>"
+        files[file] = f"# Made by `python -m benchmark sweeps`. {how}\n" + yaml.safe_dump(sweep, sort_keys=False)
     return files

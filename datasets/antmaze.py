@@ -2,33 +2,40 @@
 
 Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py and d4rl/locomotion/maze_env.py.
 
-  1. An episode has a start and a goal. umaze starts at R, all others in a random cell. The goal lies in one cell, that
-     of GOALS which is nearest to the evaluation's (umaze, play), or in any of GOALS (diverse).
-  2. At every step breadth-first search gives the next cell. The waypoint is a random point in it, or the goal itself.
+  1. A run has a start and a goal. umaze starts at R, all others in a random cell. The goal lies in one cell, that of
+     GOALS which is nearest to the evaluation's (umaze, play), or in any of GOALS (diverse).
+  2. At every step breadth-first search gives the next cell. The waypoint is its middle + U(0, 1) on each axis, drawn
+     anew; or the goal, once the next cell is the goal's.
   3. D4RL's policy is told the way there; its action is sampled, moved by N(0, 0.2^2) and clipped.
   4. After 1001 rows comes a reset. Nothing ends at a goal: the ant runs on about it.
   5. Afterwards a goal of the evaluation is drawn, one for all rows; rewards and terminals are 1 where a step ends
      within 0.5 of it.
 
     python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes of a core
-    python datasets/antmaze.py --task umaze --minari          # for Minari as well: --env rewind/antmaze/umaze-v0
+    python datasets/antmaze.py --task umaze --minari          # at once for Minari, too: --env rewind/antmaze/umaze-v0
     python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated --eval-episodes 100
 
 The policy is D4RL's file ant_hierarch_pol.pkl, in $D4RL_DATASET_DIR or else downloaded from D4RL's server. It is read
 without executing it. Output: HDF5 in D4RL layout, and a .json with recipe, versions, statistics and sha256. Parts of
-100 episodes are saved on the way, so repeating an interrupted command resumes it.
+100 runs are saved on the way, so repeating an interrupted command resumes it.
 
-`timeouts` are those of D4RL's v2 files: the last row of each run of the ant, whose successor is not in the file. Runs
-of terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.
+`timeouts` are those of D4RL's v2 files: the last row of each run, whose successor is not in the file. Consecutive
+terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.
 
-Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly (0.8 % of a step); the
-last row of an episode is judged by where it led, theirs by the next start; there are no infos/qpos and infos/qvel. By
-their numbers of episodes, theirs have other numbers of rewarded rows than ours, in a million:
+Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly, which changes a step
+by 0.8 % (RMS); the last row of a run is judged by where it led, theirs by the next start; there are no infos/qpos and
+infos/qvel.
 
-           umaze  umaze-diverse  medium-play  medium-diverse  large-play  large-diverse
-    D4RL    9154             36         9768            1959       12517           6189
+Rewarded rows in a million; D4RL's are the episodes of its files less 1000 time limits. They depend on the goal of 5.,
+the range is that of 400 goals:
 
-How play chose its one goal is not known: --goals all draws it from all of GOALS, as diverse does.
+             umaze             umaze-diverse  medium-play  medium-diverse  large-play  large-diverse
+    D4RL     9154              36             9768         1959            12517       6189
+    seed 0   169226            -              8681         2585            -           -
+    range    26838 to 265513   -              49 to 11421  4 to 3972       -           -
+
+D4RL's script draws a run's goal from all of GOALS, in play as well. But medium-play's 9768 are more than any goal gives
+in diverse data, so play here keeps to one cell; --goals all does as the script.
 """
 
 import collections
@@ -36,7 +43,6 @@ import functools
 import json
 import os
 import pickle
-import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -55,8 +61,8 @@ import utils
 from envs.antmaze import CELL, RADIUS, AntMaze, free_cells, goal_cell, middle, sample_goal
 from plumbing import NonNegative, Seed, UserError
 
-ROWS = 1001  # of an episode: D4RL compares its counter with 1000 before it counts
-PART = 100  # episodes per intermediate file
+ROWS = 1001  # of a run: D4RL compares its counter with 1000 before it counts
+PART = 100  # runs per intermediate file
 GOALS = {  # cells that D4RL's maps for making data mark as goals; first the one nearest to the evaluation's
     "umaze": [(3, 1)],
     "medium": [(6, 5), (2, 6), (5, 1)],
@@ -174,7 +180,7 @@ def next_cell(maze, cell, target):
 
 
 def waypoint(maze, position, goal, rng):
-    """Where to go from a position, drawn anew at each step: a point in the next cell, or the goal if it is there."""
+    """Where to go from a position: a fresh point in the next cell, or the goal if that is the next cell or its own."""
     target = cell_of(goal)
     cell = next_cell(maze, cell_of(position), target)
     return goal if cell == target else middle(cell) + rng.uniform(0, 1, 2)
@@ -183,8 +189,8 @@ def waypoint(maze, position, goal, rng):
 # --- data ---
 
 
-def episode(env, act, rng, noise, goals, random_start):
-    """One run of the ant to a goal in one of the cells `goals`: obs (T+1, 29), act (T, 8), goal (2,)"""
+def run_ant(env, act, rng, noise, goals, random_start):
+    """One run to a goal in one of the cells `goals`: obs (T+1, 29), act (T, 8), goal (2,)"""
     position = None
     if random_start:  # in no cell that is a goal in D4RL's map
         cells = [cell for cell in free_cells(env.maze) if cell not in GOALS[env.maze]]
@@ -200,17 +206,17 @@ def episode(env, act, rng, noise, goals, random_start):
     return obs, actions, goal
 
 
-def demonstrations(settings, act, folder):
-    """Arrays in D4RL's layout, without rewards, and the next observations. Each episode has a generator of its own, so
-    that those of parts that lie in the folder need not be made again."""
+def collect(settings, act, folder):
+    """Arrays in D4RL's layout, without rewards, and the next observations. Each run has a generator of its own, so that
+    those of parts that lie in the folder need not be made again."""
     folder.mkdir(parents=True, exist_ok=True)
     task, steps, seed, noise, goals = (settings[k] for k in ("task", "steps", "seed", "noise", "goals"))
-    env, episodes, parts = AntMaze(task.split("-")[0]), -(-steps // ROWS), []
+    env, num_runs, parts = AntMaze(task.split("-")[0]), -(-steps // ROWS), []
     cells = GOALS[env.maze][: 1 if goals == "one" else None]
     made_with = json.dumps([task, seed, noise, goals, mujoco.__version__])
     progress = plumbing.progress(steps, f"antmaze-{task}", "step")
-    for first in range(0, episodes, PART):
-        path, last = folder / f"{first:06}.npz", min(first + PART, episodes)
+    for first in range(0, num_runs, PART):
+        path, last = folder / f"{first:06}.npz", min(first + PART, num_runs)
         part = None
         if path.exists():
             with np.load(path) as f:
@@ -219,7 +225,7 @@ def demonstrations(settings, act, folder):
             runs = []
             for e in range(first, last):
                 # 1 + e: [seed, 0] would be the generator of the rewarded goal
-                runs.append(episode(env, act, np.random.default_rng([seed, 1 + e]), noise, cells, task != "umaze"))
+                runs.append(run_ant(env, act, np.random.default_rng([seed, 1 + e]), noise, cells, task != "umaze"))
                 progress.update(min(ROWS, steps - e * ROWS))
             part = dict(zip(("obs", "act", "goals"), map(np.stack, zip(*runs, strict=True)), strict=True))
             np.savez(path.with_suffix(".part.npz"), made_with=made_with, **part)
@@ -231,8 +237,8 @@ def demonstrations(settings, act, folder):
     obs, actions, goals = (np.concatenate([part[k] for part in parts]) for k in ("obs", "act", "goals"))
     arrays = {"observations": obs[:, :-1], "actions": actions, "next_observations": obs[:, 1:]}
     arrays |= {"infos/goal": np.repeat(goals[:, None].astype("f4"), ROWS, 1)}
-    arrays |= {"timeouts": np.tile(np.arange(1, ROWS + 1) == ROWS, (episodes, 1))}
-    return {k: v.reshape(episodes * ROWS, *v.shape[2:])[:steps] for k, v in arrays.items()}
+    arrays |= {"timeouts": np.tile(np.arange(1, ROWS + 1) == ROWS, (num_runs, 1))}
+    return {k: v.reshape(num_runs * ROWS, *v.shape[2:])[:steps] for k, v in arrays.items()}
 
 
 def relabel(arrays, goal):
@@ -273,24 +279,16 @@ def main(args, act=None):
             return print(f"{path} is there already; --overwrite makes it again", file=sys.stderr)
     act = act or Policy(read_policy(utils.ant_policy()))
     goal = sample_goal(goal_cell(args.task.split("-")[0]), np.random.default_rng(args.seed))
-    arrays = relabel(demonstrations(settings, act, path.with_suffix(".parts")), goal)
+    arrays = relabel(collect(settings, act, path.with_suffix(".parts")), goal)
     stats = statistics(arrays)
     meta = {"recipe": "D4RL's ant on waypoints"} | settings | {"goal": goal.round(6).tolist()} | stats
-    meta |= {
-        "versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}
-    }
+    meta |= {"versions": plumbing.versions(mujoco, np, h5py)}
     if args.minari:
         env, name = f"Rewind/AntMaze-{args.task}-v2", f"rewind/antmaze/{args.task}-v0"
         runs = arrays | {"ends": arrays["timeouts"]}  # an episode per row near the goal would be gigabytes
         utils.write_minari(name, runs, env, utils.REFERENCE["antmaze"], "waypoints", "datasets/antmaze.py", meta)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with h5py.File(part, "w") as f:
-        for k, v in arrays.items():
-            if k != "next_observations":  # D4RL's files have none
-                f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
-    meta |= {"sha256": utils.file_sha256(part), "args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
-    os.replace(part, path)
-    plumbing.write_file(path.with_suffix(".json"), json.dumps(meta, indent=1) + "\n")
+    del arrays["next_observations"]  # D4RL's files have none
+    plumbing.write_hdf5(path, arrays, meta | {"args": {k: str(v) for k, v in asdict(args).items() if k != "out"}})
     shutil.rmtree(path.with_suffix(".parts"))
     print(f"{path}: {json.dumps(stats)}", file=sys.stderr)
 

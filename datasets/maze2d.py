@@ -28,9 +28,6 @@ and infos/qvel, the two halves of an observation, are not written.
 """
 
 import functools
-import json
-import os
-import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +44,7 @@ from tqdm import tqdm
 import plumbing
 from envs.maze2d import MAX_STEPS, Maze2d, free_cells, goal_cell
 from plumbing import NonNegative, Seed, UserError
-from utils import GENERATED, REFERENCE, file_sha256, write_minari
+from utils import GENERATED, REFERENCE, write_minari
 
 STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
 
@@ -72,11 +69,7 @@ class Planner:
     MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # ties go to the first
 
     def __init__(self, maze, rng):
-        self.maze, self.rng, self.target = maze, rng, None
-
-    @functools.cached_property
-    def cells(self):
-        return set(free_cells(self.maze))
+        self.maze, self.rng, self.target, self.cells = maze, rng, None, set(free_cells(maze))
 
     @functools.cache  # noqa: B019 - a planner lives as long as its run
     def policy(self, target):
@@ -164,9 +157,7 @@ def main(args):
     for path in () if args.overwrite else paths:  # training would go on with other data under the same name
         if path.exists() and path.with_suffix(".json").exists():
             there = plumbing.read_json(path.with_suffix(".json"))
-            differ = [f"{k} ({there[k]} there, here {v})" for k, v in settings.items() if k in there and there[k] != v]
-            if "steps" not in there and there["transitions"] > steps:  # made before steps were recorded
-                differ.append(f"steps ({there['transitions']} rows there, here {steps})")
+            differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
             if differ:
                 how = "give another --out, or --overwrite to replace it"
                 raise UserError(f"{path} was made with other {', '.join(differ)}; {how}")
@@ -180,37 +171,21 @@ def main(args):
     facts = {"recipe": "expert planner" if args.expert else "planner to random targets"} | settings
     facts |= {"transitions": len(act), "segments": int(ends.sum())}
     facts |= {"stale_rows": int((before[1:] == before[:-1]).all(1).sum())}
-    facts |= {
-        "versions": {m.__name__: m.__version__ for m in (mujoco, np, h5py)} | {"python": platform.python_version()}
-    }
+    facts |= {"versions": plumbing.versions(mujoco, np, h5py)}
     facts |= {"args": {k: str(v) for k, v in asdict(args).items() if k != "out"}}
-    args.out.mkdir(parents=True, exist_ok=True)
     for path, dense in zip(paths, (False, True), strict=True):
         rewards = Maze2d(args.maze, dense).reward((before if timing == "same" else after)[:, :2])
         arrays = {"observations": before.astype("f4"), "actions": act, "rewards": rewards.astype("f4")}
         arrays |= {"terminals": np.zeros(len(act), bool), "timeouts": ends, "infos/goal": targets.astype("f4")}
         successors = {"next_observations": after.astype("f4")}
-        write(path, arrays | (successors if args.expert else {}), facts | {"reward_mean": float(rewards.mean())})
+        mean = float(rewards.mean())
+        plumbing.write_hdf5(path, arrays | (successors if args.expert else {}), facts | {"reward_mean": mean})
+        of = f"{facts['transitions']} transitions, {facts['segments']} segments"
+        print(f"{path}: {of}, mean reward {mean:.4f}", file=sys.stderr)
         if args.minari:  # with successors, as the motion goes on across its ends
             kind, script = f"{args.maze}{'-dense' * dense}", "datasets/maze2d.py"
             id, env = f"rewind/maze2d/{kind}{suffix.replace('_', '-')}-v0", f"Rewind/Maze2d-{kind}-v1"
             write_minari(id, arrays | successors, env, REFERENCE[f"maze2d-{kind}"], "planner", script, facts)
-
-
-def write(path, arrays, facts):
-    """HDF5 and the sheet of facts beside it; a file is replaced only by one that is complete."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with h5py.File(part, "w") as f:
-            for k, v in arrays.items():
-                f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
-        facts |= {"sha256": file_sha256(part)}
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    plumbing.write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    of = f"{facts['transitions']} transitions, {facts['segments']} segments"
-    print(f"{path}: {of}, mean reward {facts['reward_mean']:.4f}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,7 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import platform
 import sys
-import zipfile
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -225,6 +222,10 @@ def episode_returns(data):
     return np.add.reduceat(data["rewards"].astype(np.float64), np.r_[0, ends[:-1]]), np.diff(np.r_[0, ends])
 
 
+# Flags that change no data.
+IDLE = {"kinds", "minari", "checkpoint_every", "keep_policies", "out", "num_threads"}
+
+
 def as_json(args):
     return json.loads(json.dumps(asdict(args), default=str))
 
@@ -232,7 +233,7 @@ def as_json(args):
 def other_settings(path, kind, args):
     """Flags with which the data set that is there was made, where they matter to its kind and differ from `args`."""
     mine, theirs = as_json(args), plumbing.read_json(path.with_suffix(".json")).get("args", {})
-    idle = {"kinds", "minari", "checkpoint_every", "keep_policies", "out", "num_threads"}
+    idle = set(IDLE)
     if kind in ("medium-replay", *RELABELLED):
         idle |= {"steps"}
     if kind in ("medium", "medium-replay"):
@@ -244,10 +245,8 @@ def other_settings(path, kind, args):
 
 
 def write(path, data, facts, args):
-    """HDF5 in D4RL layout, and the sheet of facts beside it; complete under its name or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """HDF5 in D4RL layout, and the sheet of facts beside it."""
     returns, lengths = episode_returns(data)
-    versions = {m.__name__: m.__version__ for m in (gymnasium, mujoco, np, torch, h5py)}
     facts = facts | {
         "environment": make_env(args.env).spec.id,
         "margins": "all geom margins halved (utils.make_env)" if args.env in ("hopper", "ant") else "as shipped",
@@ -256,24 +255,15 @@ def write(path, data, facts, args):
         "length_mean": float(lengths.mean()),
         "terminals": int(data["terminals"].sum()),
         "timeouts": int(data["timeouts"].sum()),
-        "versions": versions | {"python": platform.python_version()},
+        "versions": plumbing.versions(gymnasium, mujoco, np, torch, h5py),
         "date": date.today().isoformat(),
         "args": {k: v for k, v in as_json(args).items() if k not in ("out", "num_threads")},
     }
     facts |= {f"return_{k}": float(getattr(returns, k)()) for k in ("mean", "std", "min", "max")}
-    part = path.with_suffix(".part")
-    with h5py.File(part, "w") as f:
-        for k, v in data.items():
-            if args.infos or not k.startswith("infos/"):
-                f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True)
-        for k in ("environment", "margins", "recipe", "seed"):
-            f.attrs[k] = facts[k]
-    os.replace(part, path)
-    facts |= {"bytes": path.stat().st_size, "sha256": utils.file_sha256(path)}
     if args.minari and facts["kind"] not in RELABELLED:  # Minari cannot store their environment, a wrapper of ours
         write_minari(f"rewind/{args.env}/{facts['kind']}-v0", data, facts, args)
-    sheet = json.dumps(facts, indent=1) + "\n"
-    plumbing.write_file(path.with_suffix(".json"), sheet)  # last, because its presence means "done"
+    arrays = {k: v for k, v in data.items() if args.infos or not k.startswith("infos/")}
+    plumbing.write_hdf5(path, arrays, facts, level=9, attributes=("environment", "margins", "recipe", "seed"))
     mean, std = facts["return_mean"], facts["return_std"]
     tqdm.write(
         f"{path.name}: {len(data['rewards'])} transitions, {len(returns)} episodes, return {mean:.1f} +- {std:.1f}"
@@ -301,17 +291,6 @@ class Run:
     medium_return: float = 0.0
 
 
-def read_checkpoint(path):
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError("its checksums do not match")
-        return torch.load(path, weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # whatever the bytes of a damaged file lead to
-        raise UserError(f"{path}: cannot be read ({str(e)[:80]}); restore it, or remove it to begin anew") from None
-
-
 def write_checkpoint(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -331,7 +310,7 @@ def train(args, folder):
 
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        saved = read_checkpoint(checkpoint)
+        saved = plumbing.read_checkpoint(checkpoint, ("agent", "run", "replay", "medium_policy", "rng"))
         agent.load_state_dict(saved["agent"])
         run, medium_policy = Run(**saved["run"]), saved["medium_policy"]
         for whole, part in zip(replay, saved["replay"], strict=True):
@@ -417,8 +396,8 @@ def main(args):
 
     run, facts = None, {"seed": args.seed}
     if set(todo) - {"random"}:
-        settings = asdict(args) | {"out": "", "kinds": ("jump",) if "jump" in args.kinds else ()}
-        del settings["keep_policies"]  # decides nothing, so with it a run goes on that was begun without
+        settings = {k: v for k, v in as_json(args).items() if k not in IDLE | {"steps", "infos"}}
+        settings |= {"jump": "jump" in args.kinds}  # these decide the SAC run
         tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         agent, run, replay, medium = train(args, args.out / f"sac-{args.env}-{args.seed}-{tag}")
         if set(todo) & {"medium", "medium-replay", "medium-expert"} and not run.medium_at:

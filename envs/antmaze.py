@@ -86,7 +86,7 @@ def mujoco_model(maze):
     )
     motors = "".join(
         f'<motor joint="{joint}_{i}" ctrllimited="true" ctrlrange="-30 30"/>'
-        for i in (4, 1, 2, 3)
+        for i in (4, 1, 2, 3)  # D4RL's order of the actions
         for joint in ("hip", "ankle")
     )
     model = mujoco.MjModel.from_xml_string(f"""
@@ -214,9 +214,8 @@ def view_trajectories(maze, trajectories, scale=80):
 def replay_error(maze, obs, act, next_obs):
     """Replay imagined chains in the true simulator: obs, next_obs (C, h, 29), act (C, h, 8) in forward time.
 
-    Returns the mean distances between where a chain says it leads and where its actions lead from its first state, in
-    the observation's 29 dimensions: after one step (mean over all steps, each from its own imagined state), and after
-    all h.
+    Returns two means of the Euclidean distance between imagined and simulated state, in all 29 entries alike: after one
+    step, begun in every imagined state in turn, and after all h, begun in the first.
     """
     env, one, all_steps = AntMaze(maze), [], []
 

@@ -183,31 +183,6 @@ def view_states(maze, groups, scale=60):
     return wide
 
 
-def wall_distance(maze, begin, end):
-    """Least distance in m from the ball's centre to a wall along the segment from begin to end, (C, 2) each: (C,).
-    0 where it enters a wall or leaves the maze; below 0.1, its radius, the ball touches.
-
-    A way and a block that do not meet are nearest at an end of the way or at a corner of the block.
-    """
-    begin, end = np.asarray(begin, float), np.asarray(end, float)
-    lines, way = MAZES[maze], end - begin
-    slope, length = np.where(way == 0, 1e-30, way), np.maximum((way**2).sum(1), 1e-30)
-    least = np.full(len(begin), np.inf)
-    for i, j in ((i, j) for i, line in enumerate(lines) for j, cell in enumerate(line) if cell == "#"):
-        low, high = np.array([i, j]) - 0.7, np.array([i, j]) + 0.3  # the middle of the cell is at (i - 0.2, j - 0.2)
-        for p in (begin, end):
-            least = np.minimum(least, np.linalg.norm(np.maximum(0, np.maximum(low - p, p - high)), axis=1))
-        for corner in (low, high, [low[0], high[1]], [high[0], low[1]]):
-            share = np.clip(((corner - begin) * way).sum(1) / length, 0, 1)[:, None]
-            least = np.minimum(least, np.linalg.norm(begin + share * way - corner, axis=1))
-        bounds = np.sort([(low - begin) / slope, (high - begin) / slope], axis=0)  # (2, C, 2): way within each strip
-        enter, leave = bounds[0].max(1), bounds[1].min(1)
-        least[(enter <= leave) & (enter <= 1) & (leave >= 0)] = 0
-    top = np.array([len(lines), len(lines[0])]) - 0.7
-    least[((begin < -0.7) | (end < -0.7) | (begin > top) | (end > top)).any(1)] = 0
-    return least
-
-
 def replay_error(maze, obs, act, next_obs):
     """Replay imagined chains in the true simulator: obs, next_obs (C, h, 4), act (C, h, 2) in forward time.
 

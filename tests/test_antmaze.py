@@ -284,7 +284,7 @@ def test_d4rls_ant_walks(generator, monkeypatch):
     act = generator.Policy(generator.read_policy(SHARED / "ant_hierarch_pol.pkl"))
     assert [weight.shape for weight, _ in act.layers] == [(256, 29), (256, 256), (16, 256)]
     env = env_file.AntMaze("umaze")
-    runs = [generator.episode(env, act, np.random.default_rng(e), 0.2, [(3, 1)], False)[0] for e in range(4)]
+    runs = [generator.run_ant(env, act, np.random.default_rng(e), 0.2, [(3, 1)], False)[0] for e in range(4)]
     assert sum(obs[:, 0].max() > 6 for obs in runs) >= 2
 
 
@@ -394,8 +394,8 @@ def test_same_seed_same_data_also_after_a_kill(generator, make, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         make(dies, steps=200, out=tmp_path / "killed")
     assert [p.name for p in (tmp_path / "killed" / "antmaze_umaze.parts").iterdir()] == ["000000.npz"]
-    begun, plain = [], generator.episode
-    monkeypatch.setattr(generator, "episode", lambda *args: begun.append(1) or plain(*args))
+    begun, plain = [], generator.run_ant
+    monkeypatch.setattr(generator, "run_ant", lambda *args: begun.append(1) or plain(*args))
     again = make(steps=200, out=tmp_path / "killed")
     assert len(begun) == 3 and all((again[k] == whole[k]).all() for k in whole)
     with pytest.raises(KeyboardInterrupt):

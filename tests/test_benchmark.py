@@ -83,8 +83,8 @@ def test_no_mean_hides_a_seed_or_a_length(tmp_path):
 
 
 def test_the_schedule_of_sra_is_not_cut(tmp_path):
-    made_up(tmp_path, "sra_iql", 0, [1.0, 7.0])
-    made_up(tmp_path, "sra_iql", 1, [2.0])
+    made_up(tmp_path, "bc_expert", 0, [1.0, 7.0], script="sra_iql.py")
+    made_up(tmp_path, "bc_expert", 1, [2.0], script="sra_iql.py")
     assert [(row["updates"], row["seeds"]) for row in table_of(tmp_path)] == [("1 000", "1"), ("2 000", "0")]
 
 

@@ -121,6 +121,15 @@ def runs(tmp_path_factory):
     return [folder / f"maze2d-umaze-v1__{name}__0__small" for name in ("romi_bcq", "fomi_bcq", "bcq")]
 
 
+def test_settings_are_read_as_the_script_reads_them(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["args"] |= {"latent_clip": "inf", "of_an_old_version": 1}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    args = study.FinishedRun(tmp_path / "run").args
+    assert args.latent_clip == float("inf") and args.hidden == (16, 16)
+
+
 def test_a_case_study_of_three_runs(runs, tmp_path):
     study.case_study(tuple(runs), out=tmp_path, episodes=2, chains=40)
     file = tmp_path / "case_study_maze2d-umaze-v1__small.json"

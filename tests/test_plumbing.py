@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from dataclasses import dataclass
 from errno import ENOSPC
 from types import SimpleNamespace
 
@@ -320,3 +321,26 @@ def test_denormal_numbers_are_flushed():
     assert (torch.tensor([1e-30]) * 1e-10).item()
     plumbing.start(SimpleNamespace(device="cpu", num_threads=1, seed=0, compile=False))
     assert not (torch.tensor([1e-30]) * 1e-10).item()
+
+
+def test_help_names_flags_that_exist(capsys):
+    """A switch that a task may set takes a value; only plain ones have a --no- form."""
+    plumbing.show_help(m.Args, m.__doc__)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
+    assert "--no-bf16" in lines["--bf16"] and "True, False" not in lines["--bf16"]
+    assert "--no-" not in lines["--priority-rollout"] and "True, False" in lines["--priority-rollout"]
+    assert "cvae, uniform, rbc" in lines["--rollout-policy"]
+
+
+def test_out_of_memory_without_any_size(monkeypatch, capsys):
+    @dataclass
+    class Args:
+        seed: int = 0
+
+    def main(args):
+        raise MemoryError
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit, match="2"):
+        plumbing.run_script(main, Args, "A script.")
+    assert capsys.readouterr().err == "error: out of memory\n"

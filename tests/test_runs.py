@@ -271,7 +271,11 @@ def test_a_model_of_another_kind_is_refused(romi, data_file, tmp_path):
         ("romi_bcq", dict(dynamics_hidden=8), r"another dynamics_hidden \(16, here 8\)"),
         ("fomi_bcq", {}, r"another direction \(reverse, here forward\)"),
         ("romi_cql", dict(dataset=shorter(data_file, tmp_path)), "another data"),
-        ("romi_cql", dict(dynamics_max_epochs=3), "4 steps already, more than the 3 asked for"),
+        (
+            "romi_cql",
+            dict(dynamics_max_epochs=3),
+            "dynamics.pt of run .*__romi_cql__0__.* has 4 steps already, more than the 3",
+        ),
         ("romi_cql", dict(dynamics_from="none.pt"), "--dynamics-from none.pt: no such file"),
     ):
         with pytest.raises(UserError, match=words):

@@ -210,6 +210,9 @@ def test_antmaze_v0_ends_are_jumps_in_the_plane(tmp_path):
     assert torch.bincount(v0.trajectory).tolist() == [19, 19, 19]
     assert torch.bincount(v2.trajectory).tolist() == [24, 24, 9]
     assert (v0.next_obs[:, :2] - v0.obs[:, :2]).abs().max() < 0.2
+    ours = utils.GENERATED / "antmaze_large_play.hdf5"  # has right flags
+    save(ours, data)
+    assert_equal(load_dataset(parse_task("antmaze-large-play-v0"), "generated"), v2)
 
 
 def test_antmaze_terminal_rows_have_a_successor(tmp_path):
@@ -582,7 +585,7 @@ def test_minari_round_trip(tmp_path, collector, monkeypatch):
         again = load_dataset(task, "auto")
     again.act = from_file.act
     assert_equal(again, data)
-    (copy,) = (utils.GENERATED.parent / "cache").iterdir()
+    (copy,) = (utils.GENERATED / "cache").iterdir()
     copy.write_bytes(copy.read_bytes()[:-99])  # a power cut
     assert len(load_dataset(HOPPER, "rewind/hopper/random-v0")) == len(data)
     # Minari stores the id of an environment, not our margins; data and evaluation must not differ in physics
