@@ -65,7 +65,7 @@ REFERENCE = {
 }
 # Widths of observations and actions.
 WIDTHS = dict(halfcheetah=(17, 6), hopper=(11, 3), walker2d=(17, 6), ant=(27, 8), maze2d=(4, 2), antmaze=(29, 8))
-MAZES = {"maze2d": maze2d, "antmaze": antmaze}  # domain -> module of its environments and pictures
+WORLDS = {"maze2d": maze2d, "antmaze": antmaze}  # domain -> module of its environments and pictures
 # First digits of the official files' sha256, in the order of _d4rl_tasks (tensorflow/datasets, checksums.tsv).
 SHA256 = {
     "halfcheetah": "25407aef85b5d16c 41324e8487a9556d 48d494a4770c11f4 015db75dae5bbe8e d9fe53bb994eb1e2",
@@ -105,7 +105,7 @@ def _d4rl_tasks():
 
     def add(domain, kind, version, reference, file, sha256=""):
         id = f"{domain}-{kind}-{version}"
-        steps = MAZES[domain].MAX_STEPS[kind.split("-")[0]] if domain in MAZES else 1000
+        steps = WORLDS[domain].MAX_STEPS[kind.split("-")[0]] if domain in WORLDS else 1000
         sources = ("d4rl", "bundled", "generated") if file else ("generated",)
         tasks[id] = Task(id, domain, kind, reference, steps, sources, file, sha256.strip("-"))
 
@@ -724,8 +724,8 @@ def evaluate(task, envs, act, seed, gamma, folder=None, episodes=None):
 
 def draw_maze(task, trajectories, folder, name):
     """On a maze, the top view of some trajectories, (T, O) each, as <folder>/<name>.png."""
-    if folder is not None and task.domain in MAZES:
-        image = MAZES[task.domain].view_trajectories(task.kind.split("-")[0], trajectories[:100])
+    if folder is not None and task.domain in WORLDS:
+        image = WORLDS[task.domain].view_trajectories(task.kind.split("-")[0], trajectories[:100])
         write_image(folder / f"{name}.png", image)
 
 
@@ -751,11 +751,11 @@ def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, fold
     act, next_obs), (C, ...) each, in forward time."""
     stats = {f"model/imagined_reward_{k}": v for k, v in (("min", rew.min()), ("max", rew.max()), ("mean", rew.mean()))}
     stats["model/imagined_terminated"] = terminated.mean()
-    if task.domain in MAZES and (n := min(len(step[0]) for step in chains)):
+    if task.domain in WORLDS and (n := min(len(step[0]) for step in chains)):
         obs, act, next_obs = (torch.stack([step[k][:n].cpu() for step in chains], 1) for k in range(3))  # (C, h, ...)
         draw_maze(task, torch.cat([obs[:, :1], next_obs], 1).numpy(), folder, "imagination")
         steps = (x.double().numpy() for x in (obs, act, next_obs))
-        one, all_steps = MAZES[task.domain].replay_error(task.kind.split("-")[0], *steps)
+        one, all_steps = WORLDS[task.domain].replay_error(task.kind.split("-")[0], *steps)
         stats |= {"model/replay_error_1": one, f"model/replay_error_{len(chains)}": all_steps}
     return stats
 

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from scipy.spatial import cKDTree
 
 from benchmark.report import FIGURES, RESULTS
-from utils import MAZES, UserError, load_dataset, make_env, normalized_score, parse_task, rollout
+from utils import WORLDS, UserError, load_dataset, make_env, normalized_score, parse_task, rollout
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 
@@ -68,9 +68,9 @@ class FinishedRun:
             self.task = parse_task(self.config["task"])
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise UserError(f"{folder}: is no run of these scripts ({type(e).__name__}: {e})") from None
-        if self.task.domain not in MAZES or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
+        if self.task.domain not in WORLDS or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
             raise UserError(f"{folder}: a case study is of runs of romi_bcq.py and fomi_bcq.py on maze2d and antmaze")
-        self.world = MAZES[self.task.domain]
+        self.world = WORLDS[self.task.domain]
         self.label, self.reverse = f"{self.args.exp_name} {self.args.seed}", self.script.__name__ == "romi_bcq"
         self.dynamics, self.maze = None, self.task.kind.split("-")[0]
 

@@ -18,6 +18,8 @@ import gymnasium
 import mujoco
 import numpy as np
 
+from envs.maze2d import draw_lines, replay
+
 MAZES = {
     "umaze": ["#####", "#R..#", "###.#", "#G..#", "#####"],
     "medium": ["########", "#R.##..#", "#..#...#", "##...###", "#..#...#", "#.#..#.#", "#...#.G#", "########"],
@@ -201,11 +203,7 @@ def goal_region(maze, place):
 def view_trajectories(maze, trajectories, scale=80):
     """Top view with a line per trajectory, arrays (T, 29) in forward time, from blue at its start to red at its end."""
     image, draw, place = top_view(maze, scale)
-    for states in trajectories:
-        for t in range(len(states) - 1):
-            share = t / max(len(states) - 2, 1)
-            colour = (round(255 * share), 0, round(255 * (1 - share)))
-            draw.line([place(states[t]), place(states[t + 1])], colour, width=max(1, scale // 80))
+    draw_lines(draw, place, trajectories, scale)
     region, radius = goal_region(maze, place), scale * RADIUS / CELL
     draw.rounded_rectangle(region, radius, outline="green", width=scale // 40)  # seen under any crowd
     return image
@@ -217,7 +215,7 @@ def replay_error(maze, obs, act, next_obs):
     Returns two means of the Euclidean distance between imagined and simulated state, in all 29 entries alike: after one
     step, begun in every imagined state in turn, and after all h, begun in the first.
     """
-    env, one, all_steps = AntMaze(maze), [], []
+    env = AntMaze(maze)
 
     def begin(o):
         return env.set_state(np.concatenate([o[:3], o[3:7] / max(np.linalg.norm(o[3:7]), 1e-9), o[7:15]]), o[15:])
@@ -225,17 +223,9 @@ def replay_error(maze, obs, act, next_obs):
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)  # imagined states may be such that the simulation explodes
     try:
-        for o, a, n in zip(obs, act, next_obs, strict=True):
-            for t in range(len(a)):
-                begin(o[t])
-                one.append(np.linalg.norm(env.step(a[t])[0] - n[t]))
-            begin(o[0])
-            for t in range(len(a)):
-                end = env.step(a[t])[0]
-            all_steps.append(np.linalg.norm(end - n[-1]))
+        return replay(env, begin, obs, act, next_obs)
     finally:
         mujoco.set_mju_user_warning(handler)
-    return float(np.mean(one)), float(np.mean(all_steps))
 
 
 for _task in TASKS:

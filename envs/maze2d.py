@@ -152,14 +152,18 @@ def top_view(maze, scale):
     return image, draw, place
 
 
-def view_trajectories(maze, trajectories, scale=80):
-    """Top view with a line per trajectory, arrays (T, 4) in forward time, from blue at its start to red at its end."""
-    image, draw, place = top_view(maze, scale)
+def draw_lines(draw, place, trajectories, scale):
     for states in trajectories:
         for t in range(len(states) - 1):
             share = t / max(len(states) - 2, 1)
             colour = (round(255 * share), 0, round(255 * (1 - share)))
             draw.line([place(states[t]), place(states[t + 1])], colour, width=max(1, scale // 80))
+
+
+def view_trajectories(maze, trajectories, scale=80):
+    """Top view with a line per trajectory, arrays (T, 4) in forward time, from blue at its start to red at its end."""
+    image, draw, place = top_view(maze, scale)
+    draw_lines(draw, place, trajectories, scale)
     y, x = place(goal_cell(maze))
     goal = [y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2]
     draw.ellipse(goal, outline="green", width=scale // 40)  # seen under any crowd
@@ -186,15 +190,21 @@ def view_states(maze, groups, scale=60):
 def replay_error(maze, obs, act, next_obs):
     """Replay imagined chains in the true simulator: obs, next_obs (C, h, 4), act (C, h, 2) in forward time.
 
-    Returns the mean distances, in the observation's four dimensions, between where a chain says it leads and where its
-    actions lead: after one step (mean over all steps, each from its own imagined state), and after all h.
+    Returns two means of the Euclidean distance between imagined and simulated state, in all four entries alike: after
+    one step, begun in every imagined state in turn, and after all h, begun in the first.
     """
-    env, one, all_steps = Maze2d(maze), [], []
+    env = Maze2d(maze)
+    return replay(env, lambda o: env.set_state(o[:2], o[2:]), obs, act, next_obs)
+
+
+def replay(env, begin, obs, act, next_obs):
+    """replay_error in an environment that `begin` puts into an imagined state (O,)."""
+    one, all_steps = [], []
     for o, a, n in zip(obs, act, next_obs, strict=True):
         for t in range(len(a)):
-            env.set_state(o[t, :2], o[t, 2:])
+            begin(o[t])
             one.append(np.linalg.norm(env.step(a[t])[0] - n[t]))
-        env.set_state(o[0, :2], o[0, 2:])
+        begin(o[0])
         for t in range(len(a)):
             end = env.step(a[t])[0]
         all_steps.append(np.linalg.norm(end - n[-1]))
