@@ -11,7 +11,7 @@ The base is ATAC (Cheng et al. 2022, arXiv:2202.02446). Code: microsoft/ATAC, mi
                    +  w  E_DM[(f - r_M - gamma min_j f_target,j(s'_M, pi))^2]         error against slow copies
              E_D = E_data[-log P_M(s'|s, a) + (R_M(s, a) - r)^2 / V_max^2]            data fit
   actor      max_pi L(f_1) at a rate 1000 times slower, with entropy                                         l. 6, Eq. 5
-  rollouts   a step of pi and one of pi_ref in M per update, their (s, a) into D_model; new starts every H   l. 7, 8
+  rollouts   per update a step of pi and of pi_ref in M from every state; (s, a) into D_model; restart every H   l. 7, 8
 
     python algorithms/armor.py --env hopper-medium-replay
     python algorithms/armor.py --env hopper-medium-replay --reference runs/<run> --exp-name armor_on_<run>  # beat a run
@@ -22,29 +22,32 @@ temperature. L looks at given states only, so M gets its gradient from E^w and E
 and M follows them as far as lambda lets it leave the data.
 
 What the poster leaves open, and what is done here ("unverified": the paper's choice by sources we could not check):
-  1. E_D is taken on rows of the data with a known successor. Eq. 4 prints D_model, which holds no r and no s'.
-  2. V_max is the fitted model's reward error on held-out rows, so rewards are held to the data about as states are.
+  1. E_D is a mean (printed: a sum) over rows of the data with a known successor. Eq. 4 prints D_model, which holds no r
+     and no s'. So a lambda of the paper's would not mean the same here.
+  2. V_max is the fitted model's reward error on held-out rows, at least 1e-3: rewards are held to the data about as
+     states are.
   3. M is one member of MOPO's ensemble (arXiv:2005.13239), R_M its mean reward, fitted first, with early stopping
      (unverified: for 100 000 steps). E_D leaves out the rows that this fit held out: they show if the game harms M.
   4. In the game M keeps its weight decay, as strong against the fit as before, and the bounds of its log-variance.
   5. M's rate rises over 500 updates: Adam's first steps at full length would undo the fit.
   6. M and f_i step at once. M's gradient also flows through a' ~ pi(.|s'_M), one sample a row, and through f_target.
-  7. From ATAC's code: L / beta + E for beta > 1, and likewise in the actor; Proj_F bounds each layer's norm by 100;
-     Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma, rates, widths (unverified: the same).
+  7. From ATAC's code: for beta > 1 the adversary's loss is divided by beta, for alpha > 1 the actor's by alpha; Proj_F
+     bounds each layer's norm by 100; Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma,
+     rates, widths (unverified: the same).
   8. lightATAC's entropy is a mean per action dimension, so its published settings mean another target. Here, as in
      ATAC, it is a sum, its target minus the number of action dimensions. Log deviations lie in [-5, 2] (ATAC: not).
   9. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: only if asked for).
- 10. Warm start of 100 000 updates (ATAC's; unverified: ARMOR's): pi clones the data, with the game's entropy bonus, and
-     the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the temperature are
-     reset; the critics' optimizer is kept.
- 11. Beside a given reference pi begins as its copy (or, by --clone, as a clone), with its entropy as the target where
-     that is lower. The critics' warm start is then half rollouts in M: the data alone leave other actions overrated.
+ 10. Warm start of 100 000 updates (ATAC's script; unverified: ARMOR's): pi clones the data, with the game's entropy
+     bonus, and the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the
+     temperature are reset; the critics' optimizer is kept.
+ 11. Beside a given reference pi begins as its copy, with its entropy as the target where that is lower; the critics'
+     warm start is then half rollouts in M: the data alone leave other actions overrated. --clone data: as beside bc.
  12. Batches are half data, half D_model, which is empty at first and keeps its last 1 000 000 pairs.
- 13. H is the episode length (unverified). Rollouts that leave the data's range by more than 10 % or end by the robot's
-     rule (there is no bootstrap then) begin again in the minibatch's states.
- 14. beta = 16 (ATAC's default; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
+ 13. H is the episode length (unverified). Rollouts that end by the robot's rule (no bootstrap) or leave the range of
+     the data by more than 10 % begin again in the minibatch's states.
+ 14. beta = 16 (ATAC's script; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
      paper's, a pair per data set, are not known. With a small lambda M gives way to the critics off the data.
- 15. ATAC (--model-ratio 0): E^w uses the data's r, s' and terminals, L its actions, unless --reference names a policy.
+ 15. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals, L its actions, unless --reference is bc or a policy.
 """
 
 import copy
@@ -105,7 +108,7 @@ class Args:
     dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
     holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
-    ensemble_size = num_elites = 1  # no flags: "the only model-based method that doesn't rely on model ensembles"
+    ensemble_size = num_elites = 1  # no flags: ARMOR has no ensemble
 
     # --- rollout ---
     horizon: PositiveInt | None = None  # updates after which all rollouts begin again (H); None: the episode length
@@ -115,18 +118,18 @@ class Args:
     rollout_margin: NonNegative = 0.1  # rollouts begin again outside the data's range, widened by this share of it
 
     # --- learner ---
-    reference: str | None = None  # pi_ref: bc (clone of the data), data (ATAC's), a run's folder or a policy's file
+    reference: str | None = None  # pi_ref: bc (clone; default), data (ATAC's default), a run's folder, a policy's file
     warm_start_updates: NonNegativeInt = 100_000  # of clone and critics, before the game
     warm_start_from: str | None = None  # warm_start.pt of another run with the same data, seed and settings of it
-    clone: Literal["data", "reference", "copy"] | None = None  # what pi begins as; None: copy of a given pi_ref
-    model_ramp: PositiveInt = 500  # updates in which the model's rate rises from 0 to the adversary's
+    clone: Literal["data", "copy"] | None = None  # pi begins as a clone of the data or as pi_ref; None: by --reference
+    model_ramp: PositiveInt = 500  # updates in which M's rate rises from 0 to --fast-lr
     batch_size: PositiveInt = 256  # real and imagined rows together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # rate of the target networks
     hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # widths of policy (a copied one keeps its own) and Q functions
     fast_lr: Positive = 5e-4  # critics, model, temperature; everything in the warm start (eta_fast)
     slow_lr: Positive = 5e-7  # policy (eta_slow)
-    target_entropy: FiniteFloat | None = None  # None: minus the action dimensions; of a copied policy its own if lower
+    target_entropy: FiniteFloat | None = None  # None: minus the action dimensions, or a copied policy's own if lower
     bellman_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--beta"])] = 16.0  # of E^w and E_D against L (beta)
     fit_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--lambda"])] = 10_000.0  # of E_D against E^w (lambda)
     target_weight: Share = 0.5  # of the error against the target networks in E^w; the rest is residual (w)
@@ -157,7 +160,7 @@ def squash(mean, log_std, noise):
     """Tanh of a Gaussian sample, and its log-density: (..., A) -> (..., A), (...)"""
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - tanh(u)^2), never log 0
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - a^2), never log 0
     return pre_tanh.tanh(), log_prob.sum(-1)
 
 
@@ -187,12 +190,12 @@ class Policy(nn.Module):
 
 
 class Reference(nn.Module):
-    """pi_ref, frozen: the Gaussian policy among an agent's state dicts, of these scripts or of datasets/mujoco.py."""
+    """pi_ref, frozen. agent: state dicts by name, of these scripts or of datasets/mujoco.py's SAC; "policy" counts."""
 
     def __init__(self, agent):
         super().__init__()
         weights, self.mean_bound = dict(agent["policy"]), math.inf
-        self.least_log_std = -20 if "head.weight" in weights else -5  # datasets/mujoco.py: lower, and other names
+        self.least_log_std = -20 if "head.weight" in weights else -5  # SAC of datasets/mujoco.py, or these scripts
         for old, new in (("body.", "net."), ("head.", "net.4.")):
             weights = {k.replace(old, new): w for k, w in weights.items()}
         if "normalizer" in agent:  # sra_*.py: the policy sees standardised states, and its mean is clamped
@@ -376,41 +379,6 @@ def model_fit(model, obs, act, rew, next_obs):
     return fit | {"reward_error": squares[:, 0].mean().sqrt(), "state_error": squares[:, 1:].mean().sqrt()}
 
 
-@torch.no_grad()
-def model_shift(fitted, rollouts, agent):
-    """How far the game has moved M from the fitted model, on pairs of D_model: root mean squared differences in r and
-    in s' (standard deviations of the data), mean difference in r + gamma f_1(s', pi): below 0, M is pessimistic."""
-    pairs, outcomes = rollouts.pairs[: rollouts.added], []
-    obs, act = pairs[:: max(1, len(pairs) // 2_000)].split(rollouts.widths, -1)
-    for model in (agent.model, fitted):
-        mean, _ = gaussian(model, obs, act)
-        rew, next_obs = mean[:, 0], obs + mean[:, 1:]
-        next_q = agent.qf.q1(torch.cat([next_obs, agent.policy(next_obs)[0].tanh()], -1)).squeeze(-1)
-        next_q = torch.where(agent.terminates(obs, act, next_obs), 0.0, next_q)
-        outcomes.append((rew, next_obs / rollouts.std, rew + agent.args.gamma * next_q))
-    reward, state, backup = (after - before for after, before in zip(*outcomes, strict=True))
-    shift = {"reward_shift": reward.square().mean().sqrt(), "state_shift": state.square().mean().sqrt()}
-    return shift | {"backup_shift": backup.mean()}
-
-
-@torch.no_grad()
-def imagined_return(model, obs, agent):
-    """Discounted return of the policy in a model from states (N, O), over 2 / (1 - gamma) steps, but no more than H: it
-    shows what single steps do not, such as a fall that M has forgotten. The random numbers are the same every time."""
-    gamma, state, total, weight = agent.args.gamma, obs, torch.zeros_like(obs[:, 0]), torch.ones_like(obs[:, 0])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for _ in range(min(agent.args.horizon, round(2 / max(1 - gamma, 1e-8)))):
-            act, _ = sample_action(agent.policy, state)
-            rew, next_obs = sample_step(state, *gaussian(model, state, act))
-            total += weight * rew
-            ended = agent.terminates(state, act, next_obs) | ~next_obs.isfinite().all(-1)
-            weight = gamma * torch.where(ended, 0.0, weight)
-            state = torch.where(ended[:, None], obs, next_obs)
-    low, high = agent.values
-    return total.nan_to_num(low, high, low).clamp(low, high).mean()  # running away counts as the worst or the best
-
-
 # --- rollout ---
 
 
@@ -443,10 +411,8 @@ class Rollouts:
         self.states = obs.new_zeros(2 * num_starts, obs.shape[1])  # first half: of pi, second half: of pi_ref
         self.pairs = obs.new_zeros(args.pairs_kept, obs.shape[1] + act_dim)  # (s, a)
         low, high = obs.aminmax(dim=0)
-        margin = args.rollout_margin * (high - low)
+        margin = args.rollout_margin * torch.where(high > low, high - low, math.inf)  # a constant column: no bounds
         self.low, self.high = low - margin, high + margin
-        std = obs.std(0)
-        self.mean, self.std = obs.mean(0), torch.where(std < 1e-6, 1.0, std)
         self.added, self.widths = 0, [obs.shape[1], act_dim]  # D_model is empty (l. 1)
 
     def sample(self, size):
@@ -465,8 +431,8 @@ class Rollouts:
 
     @torch.no_grad()
     def advance(self, step, starts, policy, reference, model):
-        """One step in M from every state; starts (N, O): the states of this update's real rows. Returns the shares of
-        rollouts that end or leave the data, and how far out they are: root mean square in standard deviations."""
+        """One step in M from every state; starts (B, O): the states of this update's real rows. Returns the shares of
+        rollouts that end or leave the data."""
         starts = starts.repeat(2, 1)
         if (step - 1) % self.args.horizon == 0:
             self.states = starts  # l. 7
@@ -479,10 +445,7 @@ class Rollouts:
         ended = self.terminates(self.states, act, next_obs) | ~next_obs.isfinite().all(-1)
         left = ((next_obs < self.low) | (next_obs > self.high)).any(-1) & ~ended
         self.states = torch.where((ended | left)[:, None], starts, next_obs)
-        drift = ((self.states - self.mean) / self.std).square().mean(-1).view(2, -1).mean(1).sqrt()
-        stats = {"ended": ended.float().mean(), "left": left.float().mean()}
-        stats |= {"drift_policy": drift[0], "drift_reference": drift[1]}
-        return {f"model/rollout_{k}": v for k, v in stats.items()}
+        return {"model/rollout_ended": ended.float().mean(), "model/rollout_left": left.float().mean()}
 
     def state_dict(self):
         filled = self.pairs[: self.added].clone()  # torch.save would write a view's whole storage
@@ -505,7 +468,8 @@ def entropy(policy, obs):
 
 
 def value_range(rew, gamma):
-    """Range of the returns that rewards within that of `rew` (N,) and 0 allow, at least 1 / (1 - gamma) (lightATAC)."""
+    """Lowest and highest return that rewards between 0 and the extremes of `rew` (N,) allow, at least 1 / (1 - gamma)
+    apart (lightATAC)."""
     per_step = 1 / max(1 - gamma, 1e-8)
     high = max(0.0, rew.max().item() * per_step)
     return min(0.0, rew.min().item() * per_step, high - per_step), high
@@ -553,14 +517,15 @@ class ARMOR:
         self.policy_opt = self.adam(self.policy.parameters(), lr=self.args.slow_lr)
         self.alpha_opt = self.adam(self.log_alpha.parameters(), lr=self.args.fast_lr)
         if model is not None and self.args.bellman_weight:
-            # The fit took the mean of twice the NLL over outputs; here it is a sum, for f_1 and for f_2, with a weight.
+            # The fit's loss was 2 NLL / outputs. The game has lambda min(1, beta) NLL from f_1 and again from f_2,
+            # outputs lambda min(1, beta) times as much; the decay is raised by the same factor.
             scale = len(model.max_logvar) * self.args.fit_weight * min(1, self.args.bellman_weight)
             for w, decay in zip(model.weight, self.args.dynamics_weight_decay, strict=True):
                 self.adversary_opt.add_param_group({"params": [w], "weight_decay": scale * decay})
             self.adversary_opt.add_param_group({"params": [*model.bias]})  # the bounds of the log-variance stay
 
     def ramp_model(self, step):
-        """M's part of Adam is new in the game: its first steps have full length, however small the gradient."""
+        """M's rate rises from 0: its part of Adam is new, and its first steps have full length."""
         for group in self.adversary_opt.param_groups[1:]:
             group["lr"] = self.args.fast_lr * min(1, step / self.args.model_ramp)
 
@@ -604,7 +569,7 @@ class ARMOR:
         return normalized_sum(-q.mean(), log_prob.mean(), alpha)
 
     def step_critics(self, loss):
-        """Adversary's step, Proj_F (large layers are scaled back), targets (Alg. 1, l. 5); returns the largest norm."""
+        """Adversary's step, Proj_F (large layers are scaled back), targets (l. 5); returns the largest norm before."""
         descend(self.adversary_opt, loss)
         with torch.no_grad():
             norms = torch._foreach_norm(self.projected)
@@ -619,7 +584,7 @@ class ARMOR:
         return self.log_alpha["sac"].detach().exp()
 
     def warm_up(self, obs, act, rew, next_obs, terminated, cloned):
-        """Warm start: critics by E^w; policy by the likelihood of the `cloned` actions, with entropy, unless None."""
+        """Warm start: critics by E^w; policy by the likelihood of `cloned` (B, A), with entropy (None: it stays)."""
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum())
         metrics = {"losses/bellman": bellman.detach().mean(), "q/batch": q.detach().mean()}
@@ -666,10 +631,7 @@ def warm_start(agent, rows, reference, dynamics, rollouts, args, run):
             starts, imagined = batch[0], rollouts.transitions(num_model, dynamics)
             batch = [torch.cat(x) for x in zip(batch, imagined, strict=True)]
             rollouts.advance(step, starts, agent.policy, reference, dynamics)
-        cloned = batch[1] if args.clone == "data" else None
-        if args.clone == "reference":
-            cloned, _ = sample_action(reference, batch[0])
-        metrics = agent.warm_up(*batch, cloned)
+        metrics = agent.warm_up(*batch, batch[1] if args.clone == "data" else None)
         if step % args.log_every == 0:
             run.log(0, {"model/warm_start_update": step} | metrics)
 
@@ -682,7 +644,7 @@ BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_f
 # Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
 MODEL_FLAGS = {"seed", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
 MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
-# Likewise for a warm start, and those that count where half of it is imagined.
+# Likewise for --warm-start-from; IMAGINED: those that count only if the warm start has rollouts.
 WARM_START = {"seed", "bf16", "clone", "batch_size", "hidden", "gamma", "tau", "fast_lr", "target_entropy"}
 WARM_START |= {"target_weight", "clip_v", "weight_norm"}
 IMAGINED = {"dynamics_max_epochs", "model_ratio", "pairs_kept", "rollout_margin", "horizon", "imagined_ends"}
@@ -727,7 +689,7 @@ def given_reference(args, data, domain=""):
     if have != want:
         raise UserError(f"{flag} its states and actions have {have} entries, the data's {want}; is it of another task?")
     config, name = path.parent / "config.json", path.parent.name.removeprefix("sac-")  # sac-<env>-: datasets/mujoco.py
-    theirs = (plumbing.read_json(config)["task"] if config.exists() else name).split("-")[0]
+    theirs = (plumbing.read_json(config).get("task", name) if config.exists() else name).split("-")[0]
     if domain and theirs != domain and theirs in ("halfcheetah", "hopper", "walker2d", "ant", "maze2d", "antmaze"):
         raise UserError(f"{flag} is a policy for {theirs}, not for {domain}")
     weights = b"".join(w.contiguous().numpy().tobytes() for w in reference.state_dict().values())
@@ -743,7 +705,7 @@ class Run:
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
-            return print(f"{self.folder} is finished; more --total-updates would carry it on")
+            return print(f"{self.folder} is finished")
         last = max(self.states.values(), key=lambda state: state["worked"], default={"config": config})
         self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
@@ -820,7 +782,7 @@ def main(args):
         return
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
-    known, dynamics, game = data.has_next.to(device), None, {}
+    known, dynamics, game = data.has_next.to(device, copy=True), None, {}
 
     if num_model:
         obs, act, rew, next_obs, _ = unpack(rows[known], obs_dim, act_dim)
@@ -828,16 +790,14 @@ def main(args):
         dynamics = train_dynamics(obs, act, rew, next_obs, args, run)
         order = torch.randperm(len(act), generator=torch.Generator().manual_seed(args.seed)).to(device)
         held_out = order[: max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))]  # as in train_dynamics
-        known[known.nonzero().squeeze(1)[held_out]] = (
-            False  # E_D leaves these rows out, too: model_fit measures M on them
-        )
-        probe = [x[held_out] for x in (obs, act, rew, next_obs)]
-        fitted = model_fit(dynamics, *probe)
+        known[known.nonzero().squeeze(1)[held_out]] = False  # E_D leaves them out, too: model_fit measures M on them
+        unseen = [x[held_out] for x in (obs, act, rew, next_obs)]
+        fitted = model_fit(dynamics, *unseen)
         v_max = fitted["reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
         game = {"model": copy.deepcopy(dynamics), "terminates": terminates, "v_max": v_max}
     new_rollouts = partial(Rollouts, data.obs.to(device), act_dim, num_real, terminates, args)
 
-    torch.manual_seed(4 * args.seed + 1)  # with and without model the game beside a clone begins with the same networks
+    torch.manual_seed(4 * args.seed + 1)  # with and without model: so a clone's warm start is the same
     hidden = reference.hidden if args.clone == "copy" else None
     agent = ARMOR(obs_dim, act_dim, args, device, value_range(data.rew, args.gamma), hidden)
     if args.clone == "copy":
@@ -858,7 +818,7 @@ def main(args):
     some_obs = data.obs[:: max(1, len(data) // 2_000)].to(device)
     for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):  # l. 2
         idx = torch.randint(len(rows), (num_real,), device=device)
-        batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3: of the data; those of D_model are the pairs
+        batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3, D_real's part; rollouts.sample draws D_model's
         if num_model:
             agent.ramp_model(step)
             metrics = agent.update(*batch, known[idx], rollouts.sample(num_model))  # l. 4-6
@@ -869,17 +829,13 @@ def main(args):
             metrics["q/policy_shift"] = (agent.act(some_obs) - agent.act(some_obs, reference)).abs().mean()
             metrics["q/target_entropy"] = agent.target_entropy
             if num_model:
-                model = model_fit(agent.model, *probe) | {f"{k}_fitted": v for k, v in fitted.items()}
-                model |= model_shift(dynamics, rollouts, agent)
-                metrics |= {f"model/{k}": v for k, v in model.items()}
+                fit = model_fit(agent.model, *unseen) | {f"{k}_fitted": v for k, v in fitted.items()}
+                metrics |= {f"model/{k}": v for k, v in fit.items()}
             run.log(step, metrics)
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
             metrics = evaluate(task, envs, agent.act, args.seed, args.gamma, run.folder) | theirs
             for gain, name in (("improvement", "return"), ("discounted_improvement", "discounted_return")):
                 metrics[f"reference/{gain}"] = metrics[f"eval/{name}"] - metrics[f"reference/{name}"]
-            if num_model:
-                own, before = (imagined_return(model, some_obs[::8], agent) for model in (agent.model, dynamics))
-                metrics["model/return_shift"] = own - before
             run.log(step, metrics)
     last = run.evals[-1] if run.evals else {}
     gains = {k: last.get(f"reference/{k}") for k in ("improvement", "discounted_improvement")}

@@ -1,30 +1,30 @@
 """COMBO: conservative offline model-based policy optimisation, CQL's pessimism on a mix of data and imagined rows.
 
-Paper: Yu et al. 2021, arXiv:2102.08363; lines are those of its Algorithm 1. There is no code by the authors.
+Paper: Yu et al. 2021, arXiv:2102.08363; lines are those of its Algorithm 1. No code by the authors is known.
 
   model        p(s', r | s, a): ensemble of N Gaussians                      maximum likelihood on the data     l. 1
   rollouts     a ~ mu(.|s), (s', r) ~ p_i(.|s, a), then s <- s', h times, from states of the data               l. 4
                mu: the policy, or uniform on [-1, 1]^A
   Q functions  min_Q beta (E_rho[Q(s, a)] - E_data[Q(s, a)]) + 1/2 E_df[(Q - B Q_target)^2]              Eq. 2; l. 5
-               rho(a|s) = exp Q / sum_a exp Q; then E_rho[Q] has the gradient of log sum_a exp Q(s, a)     CQL Eq. 4
-               data: real rows alone; d_f: batches with a share eta of imagined transitions
+               rho(a|s) = exp Q / sum_a exp Q; with rho fixed, E_rho[Q] has the gradient of log sum_a exp Q   CQL Eq. 4
+               data: real rows alone; d_f: batches with a share eta = 1 - f of imagined transitions
   policy       max_pi E_df[min_j Q_j(s, a) - alpha log pi(a|s)], a ~ pi(.|s)                             Eq. 3; l. 6
 
     python algorithms/combo.py --env hopper-medium-replay
     python algorithms/combo.py --env hopper-medium-replay --beta 0         # no conservative term
     python algorithms/combo.py --env hopper-medium-replay --model-ratio 0  # no model: CQL with COMBO's beta
 
-Two presets. v0: the paper's settings, unverified where its appendix was not at hand. v2 (default): those of
-yihaosun1124/OfflineRL-Kit, for today's data: rollouts of the policy, rho on all states of the batch.
+Two presets. v0: the paper's settings, all but beta and learning rates unverified: its appendix was not at hand.
+v2 (default): yihaosun1124/OfflineRL-Kit's, for today's data: rollouts of the policy, rho on all states of the batch.
 
 Differences from the paper, and from OfflineRL-Kit:
-  1. log sum_a exp Q runs over all 3N sampled actions of a state; in OfflineRL-Kit, whose beta this is, over 3.
-  2. TD errors are not halved, as in OfflineRL-Kit, which makes beta half as strong as in Eq. 2.
+  1. log sum_a exp Q runs over all 3N sampled actions of a state; in OfflineRL-Kit, whose beta v2 takes, over 3.
+  2. TD errors are not halved, nor are OfflineRL-Kit's: beta is half as strong as in Eq. 2.
   3. The policy sees all states of the batch, as l. 6 says, also where rho has imagined states alone (Eq. 3: s of rho).
   4. The policy maximises the smaller of two Q values and an entropy, as SAC's does; no entropy in the backup (Eq. 2).
-  5. The Q functions step before the policy, not last. log(1 - a^2) is exact, without + 1e-6.
+  5. The Q functions step before the policy, as in l. 5, 6; OfflineRL-Kit's after it. log(1 - a^2): without + 1e-6.
   6. Rows without a recorded successor train no model, but stay in the learner's batches. OfflineRL-Kit drops them.
-  7. Rollouts end by Gymnasium's rules; OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100.
+  7. Gymnasium's rules end rollouts; OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100, hopper above 100.
   8. v2: the cosine runs over --policy-lr-decay updates, not over the run; a run can be carried on up to there.
 """
 
@@ -53,7 +53,7 @@ class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
     exp_name: Name | None = None  # None: combo; combo_beta0; combo_cql without imagined rows; with preset v0 ..._v0
-    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
+    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or older, for v0 data (v0)
     seed: Seed = 0
     total_updates: PositiveInt = 1_000_000  # gradient updates of the learner
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -92,9 +92,9 @@ class Args:
     # --- rollout ---
     horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
     model_ratio: Share | None = None  # share of imagined rows in a batch (eta); 0: the base learner; None: by task
-    rollout_every: PositiveInt = 1_000  # updates from one rollout to the next
-    rollout_starts: PositiveInt = 50_000  # start states per rollout
-    rollouts_kept: PositiveInt = 5  # rollouts in the buffer, the oldest goes first
+    rollout_every: PositiveInt = 1_000  # updates from one round of rollouts to the next
+    rollout_starts: PositiveInt = 50_000  # start states per round
+    rollouts_kept: PositiveInt = 5  # rounds in the buffer, the oldest goes first
     imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
     rollout_policy: Literal["policy", "uniform"] | None = None  # mu, which actions are imagined; None: by task
 
@@ -134,7 +134,7 @@ SETTINGS = {
         "": (1, 1.0, "policy", "mix", 0.5),
     },
     "v2": {
-        "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),  # random: beta of v0, which OfflineRL-Kit does not list
+        "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),  # random: OfflineRL-Kit lists none; beta as in v0
         "hopper-random": (5, 1.0, "policy", "mix", 0.5),
         "walker2d-random": (1, 0.5, "policy", "mix", 0.5),
         "halfcheetah-medium": (5, 0.5, "policy", "mix", 0.5),
@@ -175,7 +175,7 @@ def squash(mean, log_std, noise):
     """Tanh of a Gaussian sample, and its log-density: (..., A) -> (..., A), (...)"""
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - tanh(u)^2), never log 0
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - a^2), never log 0
     return pre_tanh.tanh(), log_prob.sum(-1)
 
 
@@ -333,7 +333,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
 @torch.no_grad()
 def model_error(dynamics, act, episodes, horizon):
     """Root mean squared error of the elites' mean prediction on real episodes, (T+1, O) each, of the policy `act`:
-    after one step, and after `horizon` with the actions taken. States in their standard deviation over the data."""
+    after one step, and after `horizon` with the actions taken, in units of the states' standard deviation."""
     device, metrics = dynamics.mean.device, {}
     for steps in sorted({1, horizon}):
         errors = []
@@ -380,8 +380,8 @@ def draw(rows, size):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """Rollouts from some of `starts` (N, O) (Alg. 1, l. 4). Returns rows (M, 2 O + A + 2), M < horizon x
-    rollout_starts where some end early, and what to log."""
+    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 1, l. 4). Returns rows (M, 2 O + A + 2) and what to log;
+    M is horizon x rollout_starts, or less where some end early."""
     obs = draw(starts, args.rollout_starts)
     rows = []
     for _ in range(args.horizon):
@@ -400,17 +400,17 @@ def imagine(starts, dynamics, policy, terminates, args):
 
 
 class ModelBuffer:
-    """The last rollouts (D_model). Its state holds the policies that made them, not their rows: each rollout has a seed
-    of its own, so a resumed run imagines the same rows again."""
+    """The last rounds of rollouts (D_model). Its state holds the policies, not the rows: a round has a seed of its own,
+    so a resumed run imagines the same rows again."""
 
     def __init__(self, starts, dynamics, terminates, args):
         self.starts, self.dynamics, self.terminates, self.args = starts, dynamics, terminates, args
-        self.rollouts = deque(maxlen=args.rollouts_kept)  # step, weights of the policy and rows of each
+        self.rollouts = deque(maxlen=args.rollouts_kept)  # of each round: step, weights of the policy, rows
 
     def add(self, step, weights):
-        """A rollout of the policy with these weights, a state dict; the oldest makes room. Returns what to log."""
+        """A round of rollouts of the policy with these weights, a state dict; the oldest goes. Returns what to log."""
         obs_dim, device = self.starts.shape[1], self.starts.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the learner's draws stay as they are
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # the learner's draws stay as they are
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
             policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
             policy.load_state_dict(weights)
@@ -471,8 +471,8 @@ class COMBO:
             next_q = self.target_qf(next_obs, next_act).amin(0)  # (B,)
             target_q = rew + self.args.gamma * (1 - terminated) * next_q
             # N uniform actions, N of pi(.|s), N of pi(.|s'): the last are one more proposal for s, evaluated at s
-            now, then = self.policy(obs[rho]), (mean[rho], log_std[rho])
-            drawn = [squash(m[:, None], s[:, None], torch.randn(B, N, A, device=device)) for m, s in (now, then)]
+            now, later = self.policy(obs[rho]), (mean[rho], log_std[rho])
+            drawn = [squash(m[:, None], ls[:, None], torch.randn(B, N, A, device=device)) for m, ls in (now, later)]
             acts = torch.cat([2 * torch.rand(B, N, A, device=device) - 1, *(a for a, _ in drawn)], 1)  # (B, 3N, A)
             uniform_log_density = torch.full((B, N), A * math.log(0.5), device=device)
             log_density = torch.cat([uniform_log_density, *(log_prob for _, log_prob in drawn)], 1)  # (B, 3N)
@@ -480,7 +480,7 @@ class COMBO:
         td_loss = (q - target_q).square().mean(1).sum()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             q_sampled = self.qf(obs[rho].unsqueeze(1).expand(-1, 3 * N, -1), acts)  # (2, B, 3N)
-        pushed_down = soft_maximum(q_sampled.float(), log_density, self.args.cql_temperature).mean(1).sum()
+        pushed_down = soft_maximum(q_sampled, log_density, self.args.cql_temperature).mean(1).sum()
         pushed_up = q[:, :num_real].mean(1).sum()  # actions of the data alone
         penalty = pushed_down - pushed_up
         metrics = {"losses/conservative": penalty.detach(), "q/data": pushed_up.detach() / 2}
@@ -556,7 +556,7 @@ class Run:
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
-            return print(f"{self.folder} is finished; more --total-updates would carry it on")
+            return print(f"{self.folder} is finished")
         last = max(self.states.values(), key=lambda state: state["worked"], default={"config": config})
         self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
@@ -625,11 +625,10 @@ def main(args):
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
 
-    if num_model:  # every phase has a seed of its own: a resumed run imagines the same rows again
+    if num_model:
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
-        cond, pred = obs, next_obs  # forwards
-        torch.manual_seed(4 * args.seed)
-        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # Alg. 1, l. 1
+        torch.manual_seed(4 * args.seed)  # every phase has a seed of its own; + 2: rollouts, + 3: learner
+        dynamics = train_dynamics(obs, act, rew, next_obs, args, run)  # Alg. 1, l. 1
         model_buffer = ModelBuffer(data.obs.to(device), dynamics, terminates, args)
 
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks

@@ -12,18 +12,18 @@ Paper: Yu et al. 2020, arXiv:2005.13239; lines are those of its Algorithm 2. Cod
     python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0  # no penalty: MBPO's training on fixed data
     python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0   # no model: SAC on fixed data
 
-Two presets. v0: horizon, lambda and rates of the code, for D4RL's v0 data. v2 (default): those of
-yihaosun1124/OfflineRL-Kit, for today's data: smaller steps of the policy with a cosine decay, three million updates.
+Two presets. v0: horizon, lambda, rates, updates and target entropy of the code, for D4RL's v0 data. v2 (default): those
+of OfflineRL-Kit (yihaosun1124), for today's data: smaller steps of the policy, with a cosine decay, 3 million updates.
 
 Differences from paper and code:
   1. u is the norm of standard deviations, as in the code, to which every published lambda belongs; the paper
      prints the covariance. All members count in it, but only the elites imagine (l. 8 names all).
   2. The reward that is penalised is a sample of the model, as in l. 8 and in the code; the paper's text says its mean.
-  3. The buffer keeps the last 5 rollouts; the code keeps rows of older policies, too, where rollouts end early.
+  3. The buffer keeps 5 rounds of rollouts; the code keeps rows of older policies, too, where rollouts end early.
   4. Rows without a recorded successor train no model, but stay in the learner's batches. The code trains on them,
      OfflineRL-Kit drops them.
-  5. A rollout of hopper ends beyond +-100; a slip in the code bounds one side alone. OfflineRL-Kit also ends
-     halfcheetah and walker2d there.
+  5. A rollout of hopper ends when a state entry leaves +-100; by a slip in the code, and in OfflineRL-Kit, only above
+     100. OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100.
   6. The policy's log standard deviation lies in [-5, 2], as in OfflineRL-Kit; in the code in [-20, 2].
   7. log(1 - a^2) is exact, without + 1e-6; no clamp of SAC's temperature at 1 (OfflineRL-Kit has it).
   8. v2: the cosine runs over --policy-lr-decay updates, not over the run; a run can be carried on up to there.
@@ -54,7 +54,7 @@ class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
     exp_name: Name | None = None  # None: mopo; mbpo without penalty; sac without imagined rows; with preset v0 ..._v0
-    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or the paper's (v0)
+    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or older, for v0 data (v0)
     seed: Seed = 0
     total_updates: PositiveInt | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -93,9 +93,9 @@ class Args:
     # --- rollout ---
     horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
     model_ratio: Share = 0.95  # share of imagined rows in a batch (eta); 0: the base learner
-    rollout_every: PositiveInt = 1_000  # updates from one rollout to the next
-    rollout_starts: PositiveInt = 50_000  # start states per rollout
-    rollouts_kept: PositiveInt = 5  # rollouts in the buffer, the oldest goes first
+    rollout_every: PositiveInt = 1_000  # updates from one round of rollouts to the next
+    rollout_starts: PositiveInt = 50_000  # start states per round
+    rollouts_kept: PositiveInt = 5  # rounds in the buffer, the oldest goes first
     imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
     penalty_coef: NonNegative | None = None  # lambda; 0: no penalty; None: by task, for the aleatoric u
     penalty: Literal["aleatoric", "pairwise_diff", "ensemble_std"] = "aleatoric"  # u(s, a), see penalty_of()
@@ -132,7 +132,7 @@ SETTINGS = {
         "": (1, 1.0),
     },
     "v2": {
-        "halfcheetah-random": (5, 0.5),  # random: as v0, which OfflineRL-Kit does not list
+        "halfcheetah-random": (5, 0.5),  # random: OfflineRL-Kit lists none; as in v0
         "hopper-random": (5, 1.0),
         "walker2d-random": (1, 1.0),
         "halfcheetah-medium": (5, 0.5),
@@ -173,7 +173,7 @@ def squash(mean, log_std, noise):
     """Tanh of a Gaussian sample, and its log-density: (..., A) -> (..., A), (...)"""
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - tanh(u)^2), never log 0
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - a^2), never log 0
     return pre_tanh.tanh(), log_prob.sum(-1)
 
 
@@ -331,7 +331,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
 @torch.no_grad()
 def model_error(dynamics, act, episodes, horizon):
     """Root mean squared error of the elites' mean prediction on real episodes, (T+1, O) each, of the policy `act`:
-    after one step, and after `horizon` with the actions taken. States in their standard deviation over the data."""
+    after one step, and after `horizon` with the actions taken, in units of the states' standard deviation."""
     device, metrics = dynamics.mean.device, {}
     for steps in sorted({1, horizon}):
         errors = []
@@ -380,8 +380,8 @@ def penalty_of(kind, mean, logvar):
     """u(s, a), the model's uncertainty, from the predictions of all members (E, B, 1+O), reward first: (B,)
 
     aleatoric      largest norm of the predicted standard deviations, reward included (code: penalty_learned_var)
-    pairwise_diff  largest distance of a member's mean next state to the members' mean (code: the alternative)
-    ensemble_std   root of the variance of mean next states over members, averaged over dimensions (OfflineRL-Kit)
+    pairwise_diff  largest distance of a member's mean next state to the members' mean (code: penalty_learned_var off)
+    ensemble_std   root of the mean, over dimensions, of the variance of mean next states over members (OfflineRL-Kit)
     """
     if kind == "aleatoric":
         return (0.5 * logvar).exp().norm(dim=-1).amax(0)
@@ -392,8 +392,8 @@ def penalty_of(kind, mean, logvar):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """Rollouts from some of `starts` (N, O) (Alg. 2, l. 4-10). Returns rows (M, 2 O + A + 2), M < horizon x
-    rollout_starts where some end early, and what to log."""
+    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 2, l. 4-10). Returns rows (M, 2 O + A + 2), M horizon x
+    rollout_starts or less where some end early, and what to log."""
     obs = draw(starts, args.rollout_starts)  # l. 5
     rows, penalties = [], []
     for _ in range(args.horizon):  # l. 6
@@ -403,7 +403,7 @@ def imagine(starts, dynamics, policy, terminates, args):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16 and args.penalty == "aleatoric"):
             chunks = dynamics.inputs(obs, act).split(1_000)  # which fit into a CPU's caches
             predicted = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in chunks]
-        penalty = torch.cat([penalty_of(args.penalty, mean.float(), logvar.float()) for mean, logvar in predicted])
+        penalty = torch.cat([penalty_of(args.penalty, mean, logvar) for mean, logvar in predicted])
         terminated = terminates(obs, act, next_obs)
         rows.append(pack(obs, act, rew - args.penalty_coef * penalty, next_obs, terminated))  # l. 9, 10
         penalties.append(penalty)
@@ -418,17 +418,17 @@ def imagine(starts, dynamics, policy, terminates, args):
 
 
 class ModelBuffer:
-    """The last rollouts (D_model). Its state holds the policies that made them, not their rows: each rollout has a seed
-    of its own, so a resumed run imagines the same rows again."""
+    """The last rounds of rollouts (D_model). Its state holds the policies, not the rows: a round has a seed of its own,
+    so a resumed run imagines the same rows again."""
 
     def __init__(self, starts, dynamics, terminates, args):
         self.starts, self.dynamics, self.terminates, self.args = starts, dynamics, terminates, args
-        self.rollouts = deque(maxlen=args.rollouts_kept)  # step, weights of the policy and rows of each
+        self.rollouts = deque(maxlen=args.rollouts_kept)  # of each round: step, weights of the policy, rows
 
     def add(self, step, weights):
-        """A rollout of the policy with these weights, a state dict; the oldest makes room. Returns what to log."""
+        """A round of rollouts of the policy with these weights, a state dict; the oldest goes. Returns what to log."""
         obs_dim, device = self.starts.shape[1], self.starts.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the learner's draws stay as they are
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # the learner's draws stay as they are
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
             policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
             policy.load_state_dict(weights)
@@ -548,7 +548,7 @@ class Run:
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
-            return print(f"{self.folder} is finished; more --total-updates would carry it on")
+            return print(f"{self.folder} is finished")
         last = max(self.states.values(), key=lambda state: state["worked"], default={"config": config})
         self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
@@ -617,11 +617,10 @@ def main(args):
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
 
-    if num_model:  # every phase has a seed of its own: a resumed run imagines the same rows again
+    if num_model:
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
-        cond, pred = obs, next_obs  # forwards
-        torch.manual_seed(4 * args.seed)
-        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # Alg. 2, l. 1
+        torch.manual_seed(4 * args.seed)  # every phase has a seed of its own; + 2: rollouts, + 3: learner
+        dynamics = train_dynamics(obs, act, rew, next_obs, args, run)  # Alg. 2, l. 1
         model_buffer = ModelBuffer(data.obs.to(device), dynamics, terminates, args)
 
     torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks

@@ -159,7 +159,7 @@ def squash(mean, log_std, noise):
     """Tanh of a Gaussian sample, and its log-density: (..., A) -> (..., A), (...)"""
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - tanh(u)^2), never log 0
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - a^2), never log 0
     return pre_tanh.tanh(), log_prob.sum(-1)
 
 
@@ -569,7 +569,7 @@ class Run:
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
-            return print(f"{self.folder} is finished; more --total-updates would carry it on")
+            return print(f"{self.folder} is finished")
         last = max(self.states.values(), key=lambda state: state["worked"], default={"config": config})
         self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve

@@ -4,9 +4,9 @@ There are no rewards: a few expert trajectories D^E say what is good, a large da
 Papers: Shao et al. 2024, arXiv:2406.12550 (SRA; lines and equations are those of the authors' KDD slides); Kostrikov
 et al. 2021, arXiv:2110.06169 (IQL); Wang et al. 2021, arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024.
 
-  reverse model    s = T(s', a): mean of 7 networks         squared error on D^E u D^S          SRA Alg. 1, l. 1-3
-  reverse policy   pi_r(a | s'): CVAE, or uniform           variational bound on D^E u D^S      l. 4-6, ROMI Eq. 3
-  goals            G = {s : Conf(s) > c} u D^E              Conf(s) = pi(E[a|s] | s)            l. 8, SRA Eq. 4
+  reverse model    s = T(s', a): mean of 7 networks         squared error on D^E + D^S          SRA Alg. 1, l. 1-3
+  reverse policy   pi_r(a | s'): CVAE, or uniform           variational bound on D^E + D^S      l. 4-6, ROMI Eq. 3
+  goals            G = {s in D^S: Conf(s) > c} + D^E        Conf(s) = pi(E[a|s] | s)            l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where the policy is unsure          l. 10, SRA Eq. 5
   labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
@@ -23,12 +23,12 @@ Where slides and code disagree we follow the code: T by squared error (slides: l
 (slides: its mean), 90 % of the start states from D^E, every imagined step resampled and going back from kept states.
 Differences from the code:
   1. Batches are split exactly, and the first round starts at confident states, too; the code slips in both.
-  2. Mazes are augmented from the first update on, every 50 000, as the slides plot; the code divides by 0 rounds there.
-  3. Each member keeps its best epoch; the code keeps a reference to live weights, so always the last one.
-  4. Conf is exact, its weights come from log Conf. In the code saturated actions count as unsure, here as the surest.
+  2. Mazes are augmented from the start, every 50 000, as on the slides; the script says 20 000 and divides by 0 rounds.
+  3. Members keep their best epoch, and "earlier rounds" exclude the last; in the code shared references undo both.
+  4. Conf is exact, a logarithm; the code clips tanh(mean) to 1 - 1e-7, so a narrow policy whose mean exceeds 8.3 counts
+     as unsure, here as the surest. Data actions are clipped to 1 - 1e-6, there to 1 - 1e-7.
   5. Both drop terminal rows, so nothing ends; the code drops the last two rows before a time limit as well.
-  6. After a warm-up only the data change, as in the code's first run; a later one begins a new cosine there.
-  7. "Earlier rounds" do not include the last one; in the code they do, by a shared object.
+  6. The end of a warm-up changes only the data, as in the code's first run; its later runs begin a new cosine there.
 """
 
 import copy
@@ -96,9 +96,9 @@ class Args:
     model_ratio: Share | None = None  # share of imagined rows in a batch's second half (eta); 0: UDS; None: by task
     rollout_policy: Literal["cvae", "uniform"] | None = None  # which actions are imagined; None: by task
     warmup: NonNegativeInt | None = None  # updates before the first round of augmentation; None: by task
-    rollout_every: PositiveInt = 50_000  # updates from one rollout to the next
+    rollout_every: PositiveInt = 50_000  # updates from one round of rollouts to the next
     augmented_rows: Annotated[PositiveInt, tyro.conf.arg(aliases=["--model-buffer-size"])] = 4_000_000  # of all rounds
-    rollout_rows: PositiveInt | None = None  # imagined transitions of one round; None: an equal share
+    rollout_rows: PositiveInt | None = None  # imagined rows of one round; None: an equal share of --augmented-rows
     rollout_batch_size: PositiveInt = 2_000  # start states per call of the model
     oversampling: PositiveInt = 2  # imagined transitions for each one that is kept
     threshold: Literal["quantile", "mean"] = "quantile"  # of Conf on expert states: other states above it are goals
@@ -128,15 +128,15 @@ class Args:
     inverse_temperature: NonNegative = 3.0  # of the advantage weights (beta)
 
 
-# Updates, learning rate, eta, h, reverse policy, warm-up (mazes: ours): sh-jj/SRA-KDD-2024, sra_iql_maze.sh, (*-medium)
-# sra_iql_mujoco.sh; "ours" is not in the code. The longest key that the task begins with counts.
+# Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
+# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that the task begins with counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0),
     "hopper": (500_000, 1e-4, 0.5, 5, "uniform", 200_000),
     "halfcheetah": (500_000, 1e-4, 0.1, 1, "cvae", 200_000),
     "walker2d": (500_000, 1e-4, 0.1, 1, "cvae", 200_000),
-    "ant": (500_000, 1e-4, 0.1, 1, "cvae", 200_000),
+    "ant-": (500_000, 1e-4, 0.1, 1, "cvae", 200_000),
     "": (500_000, 1e-4, 0.1, 1, "cvae", 200_000),  # ours: any other environment
 }
 
@@ -163,7 +163,7 @@ def squash(mean, log_std, noise):
     """Tanh of a Gaussian sample, and its log-density: (..., A) -> (..., A), (...)"""
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - tanh(u)^2), never log 0
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))  # - log(1 - a^2), never log 0
     return pre_tanh.tanh(), log_prob.sum(-1)
 
 
@@ -270,7 +270,6 @@ class ReverseDynamics(nn.Module):
             self.weight.append(torch.empty(args.ensemble_size, n, m).uniform_(-(n**-0.5), n**-0.5))
             self.bias.append(torch.empty(args.ensemble_size, 1, m).uniform_(-(n**-0.5), n**-0.5))
         self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the training rows, over an epoch
-        self.register_buffer("best_epoch", torch.zeros(args.ensemble_size, dtype=torch.long))
 
     def forward(self, x):
         """x (E, B, O+A) -> s - s', (E, B, O)"""
@@ -294,12 +293,12 @@ class ReverseDynamics(nn.Module):
         return next_obs + torch.cat([self(x.expand(self.args.ensemble_size, -1, -1)).mean(0) for x in chunks])
 
     @torch.no_grad()
-    def keep_best(self, current, mse, epoch):
+    def keep_best(self, current, mse):
         """Take over the members of `current` whose error, mse (E,), is below their best."""
         improved = mse < self.best_mse
         for kept, p in zip(self.parameters(), current.parameters(), strict=True):
             kept[improved] = p[improved]
-        self.best_mse[improved], self.best_epoch[improved] = mse[improved], epoch
+        self.best_mse[improved] = mse[improved]
 
     def optimizer(self):
         lr = self.args.dynamics_learning_rate
@@ -335,7 +334,7 @@ def train_reverse_dynamics(obs, act, next_obs, args, run):
             opt.step()
             total += loss.detach()
         mse = total / math.ceil(N / args.dynamics_batch_size)
-        dynamics.keep_best(current, mse, epoch)
+        dynamics.keep_best(current, mse)
         error = (dynamics.predict(next_obs[some], act[some]) - obs[some]).square().mean(0)  # (O,)
         variance = y[some].var(0, unbiased=False)
         fit = {"best_mse": dynamics.best_mse.mean(), "explained_variance": 1 - error.mean() / variance.mean()}
@@ -433,15 +432,15 @@ class AugmentedData:
         self.policy.load_state_dict(weights)
         with torch.random.fork_rng():
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + len(self.rounds))
-            new, threshold = confident_states(self.policy, self.expert, self.supplementary, self.args)  # l. 8
-            starts = partial(start_states, expert=self.expert, older=self.goals, new=new, args=self.args)
+            goals, threshold = confident_states(self.policy, self.expert, self.supplementary, self.args)  # l. 8
+            starts = partial(start_states, expert=self.expert, older=self.goals, new=goals, args=self.args)
             rows, stats = augment(starts, self.policy, *self.models, self.args)
         if not rows.isfinite().all():
             raise UserError("imagined rows are not finite; lower --dynamics-learning-rate", status=3)
         self.rounds.append((step, {k: v.clone() for k, v in weights.items()}))
-        self.goals = torch.cat([self.goals, new])
+        self.goals = torch.cat([self.goals, goals])
         self.older, self.new = self.new if self.older is None else torch.cat([self.older, self.new]), rows
-        return stats | {"model/goals": len(new), "model/log_confidence_threshold": threshold}
+        return stats | {"model/goals": len(goals), "model/log_confidence_threshold": threshold}
 
     def __call__(self, size):
         """Rows of the last round and of the rounds before it, in exact shares."""
@@ -462,7 +461,7 @@ class AugmentedData:
 
 
 def usable(data):
-    """Which rows are used, (N,) bool: those with a true successor. A terminal row has none: nothing ends in SRA."""
+    """Rows with a known successor, (N,) bool, but for terminal ones, which the code drops, too: nothing ends in SRA."""
     return data.has_next & (data.terminated == 0)
 
 
@@ -522,14 +521,14 @@ class IQL:
         return loss, {"losses/clone": clone.detach(), "q/weight": weight.mean()}
 
     def set_rates(self, step):
-        """The policy's rate follows a cosine, times 0.1 after the drop. The others are constant until the drop, then
-        constant at the policy's rate at that moment."""
+        """The policy's rate follows a cosine, times 0.1 after the drop. V's and Q's are constant; after the drop they
+        stay at a tenth of the cosine's value at the drop."""
         full, end, drop = self.args.learning_rate, self.args.cosine_updates, self.args.learning_rate_drop
-        policy, others = (0.5 * (1 + math.cos(math.pi * min(1, t / end))) if end else 1.0 for t in (step - 1, drop))
+        cosine, at_drop = (0.5 * (1 + math.cos(math.pi * min(1, t / end))) if end else 1.0 for t in (step - 1, drop))
         dropped = 0 < drop < step
-        self.policy_opt.param_groups[0]["lr"] = full * policy * (0.1 if dropped else 1.0)
+        self.policy_opt.param_groups[0]["lr"] = full * cosine * (0.1 if dropped else 1.0)
         for opt in (self.vf_opt, self.qf_opt):
-            opt.param_groups[0]["lr"] = full * (0.1 * others if dropped else 1.0)
+            opt.param_groups[0]["lr"] = full * (0.1 * at_drop if dropped else 1.0)
 
     def update(self, obs, act, rew, next_obs, terminated, step):
         """V, Q functions, targets, policy, in this order; the first half of a batch is expert rows. Returns metrics."""
@@ -541,7 +540,7 @@ class IQL:
             descend(self.policy_opt, policy_loss)
             return {"losses/policy": policy_loss.detach()}
 
-        with torch.no_grad(), self.autocast():  # a context keeps the bfloat16 weights it has made: one for each loss
+        with torch.no_grad(), self.autocast():  # caches bfloat16 weights until its end, so each loss has its own
             next_v = self.vf(next_obs).squeeze(-1)  # before V moves
         with self.autocast():
             value_loss, advantage = self.value_loss(obs, act)
@@ -610,7 +609,7 @@ class Run:
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
-            return print(f"{self.folder} is finished; more --total-updates would carry it on")
+            return print(f"{self.folder} is finished")
         last = max(self.states.values(), key=lambda state: state["worked"], default={"config": config})
         self.evals, self.worked = last.get("evals", []), last.get("worked", 0.0)
         config["wandb_id"] = last["config"]["wandb_id"]  # a resumed run continues its curve
@@ -700,12 +699,12 @@ def main(args):
     for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):  # l. 7
         num_model = 0
         if augmenting and step > args.warmup:
-            num_model, done = round(args.model_ratio * half), step - 1
-            if (done - args.warmup) % args.rollout_every == 0:
-                stats = imagined.add(done, agent.confidence.state_dict())  # l. 8-10
+            num_model, updates = round(args.model_ratio * half), step - 1
+            if (updates - args.warmup) % args.rollout_every == 0:
+                stats = imagined.add(updates, agent.confidence.state_dict())  # l. 8-10
                 obs, act, _, next_obs, _ = unpack(imagined.new, obs_dim, act_dim)
-                look = describe_augmentation(task, *states, obs, act, next_obs, normalizer.inverse, run.folder, done)
-                run.log(done, stats | look)
+                look = describe_augmentation(task, *states, obs, act, next_obs, normalizer.inverse, run.folder, updates)
+                run.log(updates, stats | look)
         batch = [draw(expert_rows, half), draw(rows, half - num_model)] + ([imagined(num_model)] if num_model else [])
         metrics = agent.update(*unpack(torch.cat(batch), obs_dim, act_dim), step)  # l. 11, 12
         if step % args.log_every == 0 or step == args.total_updates:

@@ -17,7 +17,7 @@ FAMILIES = {  # one block for each family of scripts
 }
 OWN_MEANING = {"exp_name", "total_updates", "bf16", "hidden", "target_entropy", "qf_lr", "policy_lr", "rollout_every"}
 OWN_MEANING |= {"rollout_policy", "vae_hidden", "model_ratio"}
-LONGEST = {"romi": 680, "fomi": 680, "mopo": 660, "combo": 660, "sra": 760, "armor": 900}
+LONGEST = {"romi": 680, "fomi": 680, "mopo": 660, "combo": 660, "sra": 730, "armor": 850}
 
 
 def blocks(source):

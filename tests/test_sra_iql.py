@@ -260,7 +260,6 @@ def test_each_member_keeps_its_own_best_epoch_and_has_an_order_of_its_own():
     run, args = FakeRun(), replace(ARGS, dynamics_epochs=3, dynamics_batch_size=200)
     run.begin, run.end = alike, spoil
     dynamics = m.train_reverse_dynamics(*linear_system(), args, run)
-    assert dynamics.best_epoch.tolist() == [1, 3, 3]
     for i, p in enumerate(dynamics.parameters()):
         assert p[0].equal(seen[0][i][0]) and p[1:].equal(seen[2][i][1:]) and not p[1].equal(seen[0][i][1])
     assert all(not seen[0][0][i].equal(seen[0][0][j]) for i, j in ((0, 1), (0, 2), (1, 2)))
