@@ -1,6 +1,6 @@
 """ARMOR: adversarial model for offline RL. The policy learns to beat a reference in the worst model that fits the data.
 
-Paper: Bhardwaj et al. 2023, arXiv:2302.11048. We found no code, and know Algorithm 1 and Eq. 4, 5 from a poster alone.
+Paper: Bhardwaj et al. 2023, arXiv:2302.11048. We found no code and know Algorithm 1 and Eq. 4, 5 only from a poster.
 The base is ATAC (Cheng et al. 2022, arXiv:2202.02446). Code: microsoft/ATAC, microsoft/lightATAC.
 
   game       max_pi min_(M in M_alpha) J_M(pi) - J_M(pi_ref)         M_alpha: models that fit the data almost best
@@ -8,7 +8,7 @@ The base is ATAC (Cheng et al. 2022, arXiv:2202.02446). Code: microsoft/ATAC, mi
   adversary  min_(f_i, M) L(f_i) + beta (E^w(f_i, M) + lambda E_D(M)), i = 1, 2; f_i projected               l. 5, Eq. 4
              L   = E_DM[f(s, pi) - f(s, pi_ref)]                                      relative pessimism
              E^w = (1-w) E_DM[(f - r_M - gamma f(s'_M, pi))^2]                        residual error
-                   +  w  E_DM[(f - r_M - gamma min_j f_target,j(s'_M, pi))^2]         error against slow copies
+                   +  w  E_DM[(f - r_M - gamma min_j f_target,j(s'_M, pi))^2]         error against target networks
              E_D = E_data[-log P_M(s'|s, a) + (R_M(s, a) - r)^2 / V_max^2]            data fit
   actor      max_pi L(f_1) at a rate 1000 times slower, with entropy                                         l. 6, Eq. 5
   rollouts   per update a step of pi and of pi_ref in M from every state; (s, a) into D_model; restart every H   l. 7, 8
@@ -17,37 +17,37 @@ The base is ATAC (Cheng et al. 2022, arXiv:2202.02446). Code: microsoft/ATAC, mi
     python algorithms/armor.py --env hopper-medium-replay --reference runs/<run> --exp-name armor_on_<run>  # beat a run
     python algorithms/armor.py --env hopper-medium-replay --model-ratio 0                                   # ATAC
 
-E_x[.] is a mean over rows of x; f alone is f_i(s, a). lambda stands in for M_alpha's alpha; alpha in the code is the
-temperature. L looks at given states only, so M gets its gradient from E^w and E_D: L makes the critics pessimistic,
-and M follows them as far as lambda lets it leave the data.
+E_x[.] is a mean over x; f alone is f_i(s, a). lambda replaces M_alpha's alpha; alpha in the code is the temperature.
+L depends on given states only, so M gets its gradient from E^w and E_D: L makes the critics pessimistic, and M follows
+them as far from the data as lambda allows.
 
-What the poster leaves open, and what is done here ("unverified": the paper's choice by sources we could not check):
-  1. E_D is a mean (printed: a sum) over rows of the data with a known successor. Eq. 4 prints D_model, which holds no r
-     and no s'. So a lambda of the paper's would not mean the same here.
-  2. V_max is the fitted model's reward error on held-out rows, at least 1e-3: rewards are held to the data about as
-     states are.
+What the poster leaves open and what we do ("unverified": the paper's choice according to sources we could not check):
+  1. E_D is a mean (printed: a sum) over real transitions with a known successor (printed: over D_model, which holds no
+     r and s'). So the paper's lambda would mean something else here.
+  2. V_max is the fitted model's reward error on the holdout set, at least 1e-3, so that rewards are tied to the data
+     about as closely as states.
   3. M is one member of MOPO's ensemble (arXiv:2005.13239), R_M its mean reward, fitted first, with early stopping
-     (unverified: for 100 000 steps). E_D leaves out the rows that this fit held out: they show if the game harms M.
-  4. In the game M keeps its weight decay, as strong against the fit as before, and the bounds of its log-variance.
-  5. M's rate rises over 500 updates: Adam's first steps at full length would undo the fit.
-  6. M and f_i step at once. M's gradient also flows through a' ~ pi(.|s'_M), one sample a row, and through f_target.
+     (unverified: for 100 000 steps). E_D excludes the holdout set of this fit, which shows whether the game harms M.
+  4. In the game M keeps its weight decay, equally strong relative to the fit, and its log-variance bounds.
+  5. M's learning rate warms up over 500 updates: Adam's first steps, at full length, would undo the fit.
+  6. M and f_i step together. M's gradient also flows through a' ~ pi(.|s'_M), one sample per row, and f_target.
   7. From ATAC's code: for beta > 1 the adversary's loss is divided by beta, for alpha > 1 the actor's by alpha; Proj_F
      bounds each layer's norm by 100; Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma,
-     rates, widths (unverified: the same).
-  8. lightATAC's entropy is a mean per action dimension, so its published settings mean another target. Here, as in
-     ATAC, it is a sum, its target minus the number of action dimensions. Log deviations lie in [-5, 2] (ATAC: not).
-  9. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: only if asked for).
+     learning rates, layer widths (unverified: as in ARMOR).
+  8. lightATAC averages the entropy over action dimensions, so its published settings mean another target. Here, as in
+     ATAC, it is a sum; the target is minus the number of action dimensions. log std is in [-5, 2] (not in ATAC).
+  9. Target values are clipped to the returns that the data's rewards allow (ATAC: optional).
  10. Warm start of 100 000 updates (ATAC's script; unverified: ARMOR's): pi clones the data, with the game's entropy
      bonus, and the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the
      temperature are reset; the critics' optimizer is kept.
- 11. Beside a given reference pi begins as its copy, with its entropy as the target where that is lower; the critics'
-     warm start is then half rollouts in M: the data alone leave other actions overrated. --clone data: as beside bc.
- 12. Batches are half data, half D_model, which is empty at first and keeps its last 1 000 000 pairs.
- 13. H is the episode length (unverified). Rollouts that end by the robot's rule (no bootstrap) or leave the range of
-     the data by more than 10 % begin again in the minibatch's states.
+ 11. Given a reference, pi starts as its copy, with its entropy as the target if that is lower. Half of the critics'
+     warm start is then rollouts in M: the data alone leave other actions overestimated. --clone data: start as with bc.
+ 12. Batches are half data, half D_model, which starts empty and keeps the last 1 000 000 pairs.
+ 13. H is the episode length (unverified). Rollouts that terminate (no bootstrap) or leave the range of the data by more
+     than 10 % restart from the states of the minibatch.
  14. beta = 16 (ATAC's script; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
-     paper's, a pair per data set, are not known. With a small lambda M gives way to the critics off the data.
- 15. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals, L its actions, unless --reference is bc or a policy.
+     paper's, one pair per dataset, are unknown. With a small lambda M fits the critics instead of the data.
+ 15. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals; L its actions, unless --reference is bc or a policy.
 """
 
 import copy
@@ -65,7 +65,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -77,16 +77,16 @@ class Args:
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
     exp_name: Name | None = None  # None: armor; atac without model
     seed: Seed = 0
-    total_updates: PositiveInt = 1_000_000  # gradient updates of the learner; a larger number carries a finished run on
+    total_updates: PositiveInt = 1_000_000  # gradient updates of the learner; raise it to continue a finished run
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
+    num_threads: PositiveInt | None = None  # CPU threads; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
     bf16: bool = False  # bfloat16 in the hidden layers of policy and Q functions
-    run_dir: str = "runs"  # parent of the run's folder
+    run_dir: str = "runs"  # folder of all runs
     checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
-    track: bool = False  # log to Weights & Biases as well
+    track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
     wandb_group: str | None = None  # None: task and algorithm
@@ -95,54 +95,54 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 10  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
     dynamics_hidden: PositiveInt = 200  # width of the 4 hidden layers
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_lr: Positive = 1e-3
     dynamics_batch_size: PositiveInt = 256
-    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # stop after more than this many epochs with no member 1 % better
-    dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
-    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
-    holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
+    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2, per layer
+    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops improving
+    dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
+    dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
+    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
+    holdout_max: PositiveInt = 1_000  # at most this many
     ensemble_size = num_elites = 1  # no flags: ARMOR has no ensemble
 
     # --- rollout ---
-    horizon: PositiveInt | None = None  # updates after which all rollouts begin again (H); None: the episode length
-    model_ratio: Share = 0.5  # share of pairs from D_model in a batch, the others are the data's; 0: ATAC, no model
+    horizon: PositiveInt | None = None  # updates after which all rollouts restart (H); None: the episode length
+    model_ratio: Share = 0.5  # share of pairs from D_model in a batch, the rest is data; 0: ATAC, no model
     pairs_kept: Annotated[PositiveInt, tyro.conf.arg(aliases=["--model-buffer-size"])] = 1_000_000  # (s, a) in D_model
-    imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
-    rollout_margin: NonNegative = 0.1  # rollouts begin again outside the data's range, widened by this share of it
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    rollout_margin: NonNegative = 0.1  # rollouts restart outside the data's range widened by this share
 
     # --- learner ---
     reference: str | None = None  # pi_ref: bc (clone; default), data (ATAC's default), a run's folder, a policy's file
-    warm_start_updates: NonNegativeInt = 100_000  # of clone and critics, before the game
-    warm_start_from: str | None = None  # warm_start.pt of another run with the same data, seed and settings of it
-    clone: Literal["data", "copy"] | None = None  # pi begins as a clone of the data or as pi_ref; None: by --reference
-    model_ramp: PositiveInt = 500  # updates in which M's rate rises from 0 to --fast-lr
-    batch_size: PositiveInt = 256  # real and imagined rows together
+    warm_start_updates: NonNegativeInt = 100_000  # gradient updates before the game
+    warm_start_from: str | None = None  # warm_start.pt of a run with the same data, seed and warm-start settings
+    clone: Literal["data", "copy"] | None = None  # pi starts as a clone of the data or as pi_ref; None: by --reference
+    model_ramp: PositiveInt = 500  # updates over which M's rate rises from 0 to --fast-lr
+    batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
-    tau: Share = 0.005  # rate of the target networks
-    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # widths of policy (a copied one keeps its own) and Q functions
+    tau: Share = 0.005  # target network update rate
+    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layers of policy (a copy keeps its own) and Q functions
     fast_lr: Positive = 5e-4  # critics, model, temperature; everything in the warm start (eta_fast)
     slow_lr: Positive = 5e-7  # policy (eta_slow)
-    target_entropy: FiniteFloat | None = None  # None: minus the action dimensions, or a copied policy's own if lower
+    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions, or a copy's own if lower
     bellman_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--beta"])] = 16.0  # of E^w and E_D against L (beta)
     fit_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--lambda"])] = 10_000.0  # of E_D against E^w (lambda)
-    target_weight: Share = 0.5  # of the error against the target networks in E^w; the rest is residual (w)
-    v_max: Positive | None = None  # scale of the reward's error in E_D (V_max); None: the error of the fitted model
-    clip_v: bool = True  # clip target values to the returns that the data's rewards allow
-    weight_norm: Positive = 100.0  # largest Frobenius norm of a critic's layer (Proj_F)
+    target_weight: Share = 0.5  # of the error against target networks in E^w; the rest: residual error (w)
+    v_max: Positive | None = None  # scale of the reward error in E_D (V_max); None: that of the fitted model
+    clip_v: bool = True  # clip target values to returns that the data's rewards allow
+    weight_norm: Positive = 100.0  # maximum Frobenius norm of a critic's layer (Proj_F)
 
 
 # --- networks ---
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -150,7 +150,7 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(*sizes):
-    """ReLU network; its first and last layers stay in float32."""
+    """ReLU network whose first and last layers stay in float32."""
     linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]
     layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
@@ -171,7 +171,7 @@ def squashed_log_prob(mean, log_std, act):
 
 
 def sample_action(policy, obs):
-    """An action in every state, and its log-density: (B, O) -> (B, A), (B,)"""
+    """Sampled actions and their log-densities: (B, O) -> (B, A), (B,)"""
     mean, log_std = policy(obs)
     return squash(mean, log_std, torch.randn_like(mean))
 
@@ -190,7 +190,7 @@ class Policy(nn.Module):
 
 
 class Reference(nn.Module):
-    """pi_ref, frozen. agent: state dicts by name, of these scripts or of datasets/mujoco.py's SAC; "policy" counts."""
+    """pi_ref, frozen. agent: a checkpoint of these scripts or of datasets/mujoco.py's SAC; its "policy" is used."""
 
     def __init__(self, agent):
         super().__init__()
@@ -225,12 +225,12 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (..., O), act (..., A) -> (2, ...)"""
         x = torch.cat([obs, act], -1)
-        rows = x.flatten(0, -2)  # a matrix: on more dimensions autograd would copy at every in-place ReLU
+        rows = x.flatten(0, -2)  # 2-D: with more dimensions autograd copies at every in-place ReLU
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
 
 
 def descend(opt, loss):
-    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
     opt.zero_grad()
     loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
     opt.step()
@@ -240,8 +240,8 @@ def descend(opt, loss):
 
 
 class Dynamics(nn.Module):
-    """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
-    A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
+    """Ensemble of E networks, each a Gaussian over reward and state change (sizes and bounds: tianheyu927/mopo).
+    A forward model p(s', r | s, a) predicts s' from s, a reverse model p(s, r | s', a) s from s': `pred` from `cond`.
     """
 
     def __init__(self, obs_dim, act_dim, args):
@@ -256,7 +256,7 @@ class Dynamics(nn.Module):
         self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
         self.register_buffer("mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("std", torch.ones(obs_dim + act_dim))
-        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout rows
+        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout set
         self.register_buffer("best_epoch", torch.zeros(args.ensemble_size, dtype=torch.long))
 
     def inputs(self, cond, act):
@@ -276,10 +276,10 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Negative log-likelihood, doubled, without constant: mean over rows and outputs, sum over members."""
+        """Twice the negative log-likelihood, without its constant: mean over rows and outputs, sum over members."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
-        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
+        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # keeps the bounds tight
 
     @property
     def elites(self):
@@ -287,7 +287,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, act):
-        """pred and r, from a random elite for every row: (B, O), (B, A) -> (B, O), (B,)"""
+        """pred and r from a random elite per row: (B, O), (B, A) -> (B, O), (B,)"""
         x, elites = self.inputs(cond, act), self.elites
         chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
@@ -299,7 +299,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout mse (E,) fell 1 % below their best; the variance bounds always."""
+        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -308,7 +308,7 @@ class Dynamics(nn.Module):
         self.min_logvar.copy_(current.min_logvar)
 
     def optimizer(self):
-        """Adam's weight decay adds wd W to the gradient, as mopo's loss term wd/2 |W|^2 does."""
+        """Adam with weight decay adds wd W to the gradient, as MOPO's loss term wd/2 |W|^2 does."""
         decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
         groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
@@ -316,9 +316,9 @@ class Dynamics(nn.Module):
 
 
 def train_dynamics(cond, act, rew, pred, args, run):
-    """Maximum likelihood until the holdout error of every member has stopped falling."""
+    """Maximum likelihood, until the holdout error of every member has stopped improving."""
     device, E = cond.device, args.ensemble_size
-    generator = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
+    generator = torch.Generator().manual_seed(args.seed)  # a resumed run repeats split and bootstraps
     order = torch.randperm(len(act), generator=generator).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
@@ -330,13 +330,13 @@ def train_dynamics(cond, act, rew, pred, args, run):
     current.mean.copy_(mean)
     current.std.copy_(torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std))  # 1 for constant columns
     x = current.inputs(cond, act)
-    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
+    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics` keeps each member's best epoch
     loss_fn = torch.compile(current.loss) if args.compile else current.loss
     for epoch in run.steps("dynamics", args.dynamics_max_epochs, 1, dynamics=dynamics, current=current, opt=opt):
         if epoch - 1 - dynamics.best_epoch.max() > args.dynamics_patience:
             break
         shuffle = torch.stack([torch.randperm(N, device=device) for _ in range(E)])
-        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
+        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): each member's bootstrap, reshuffled
         batches = rows.split(args.dynamics_batch_size, 1)
         for idx in plumbing.bar(batches, f"epoch {epoch} (best {dynamics.best_epoch.max()})"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
@@ -346,7 +346,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; if far above holdout_mse, rollouts are noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; rollouts are noise if far above holdout_mse
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -372,7 +372,7 @@ def data_fit(mean, logvar, obs, rew, next_obs, known, v_max):
 
 @torch.no_grad()
 def model_fit(model, obs, act, rew, next_obs):
-    """How badly a model predicts held-out rows: where that grows beyond the fitted model's, the game harms M."""
+    """Errors on held-out rows; if they grow beyond those of the fitted model, the game harms M."""
     mean, logvar = gaussian(model, obs, act)
     squares = (mean - torch.cat([rew[:, None], next_obs - obs], -1)).square()
     fit = {"nll": data_fit(mean, logvar, obs, rew, next_obs, torch.ones_like(rew), math.inf)}
@@ -383,7 +383,7 @@ def model_fit(model, obs, act, rew, next_obs):
 
 
 def termination_fn(task, data, args):
-    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? As Gymnasium's v4, D4RL's antmaze."""
+    """Returns the termination rule of Gymnasium's v4 or D4RL's antmaze: (obs, act, next_obs) -> (B,) bool."""
     domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
@@ -397,21 +397,21 @@ def termination_fn(task, data, args):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never end
+        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never terminate
 
     check_ends(terminates, domain, data)
     return terminates
 
 
 class Rollouts:
-    """D_model, and the states in M from which pi and pi_ref go on (Alg. 1, l. 7, 8); obs (N, O): states of the data."""
+    """D_model, and the current states of the rollouts of pi and pi_ref (Alg. 1, l. 7, 8); obs (N, O): data states."""
 
     def __init__(self, obs, act_dim, num_starts, terminates, args):
         self.args, self.terminates = args, terminates
-        self.states = obs.new_zeros(2 * num_starts, obs.shape[1])  # first half: of pi, second half: of pi_ref
+        self.states = obs.new_zeros(2 * num_starts, obs.shape[1])  # first half: pi, second half: pi_ref
         self.pairs = obs.new_zeros(args.pairs_kept, obs.shape[1] + act_dim)  # (s, a)
         low, high = obs.aminmax(dim=0)
-        margin = args.rollout_margin * torch.where(high > low, high - low, math.inf)  # a constant column: no bounds
+        margin = args.rollout_margin * torch.where(high > low, high - low, math.inf)  # no bounds for constant columns
         self.low, self.high = low - margin, high + margin
         self.added, self.widths = 0, [obs.shape[1], act_dim]  # D_model is empty (l. 1)
 
@@ -424,21 +424,21 @@ class Rollouts:
 
     @torch.no_grad()
     def transitions(self, size, model):
-        """(s, a) of D_model and what follows in M (Alg. 1, l. 4), for the warm start."""
+        """(s, a) of D_model and their transitions in M (Alg. 1, l. 4), for the warm start."""
         obs, act = self.sample(size)
         rew, next_obs = sample_step(obs, *gaussian(model, obs, act))
         return obs, act, rew, next_obs, self.terminates(obs, act, next_obs).float()
 
     @torch.no_grad()
     def advance(self, step, starts, policy, reference, model):
-        """One step in M from every state; starts (B, O): the states of this update's real rows. Returns the shares of
+        """One step of every rollout in M; starts (B, O): states of this update's real rows. Returns the shares of
         rollouts that end or leave the data."""
         starts = starts.repeat(2, 1)
         if (step - 1) % self.args.horizon == 0:
             self.states = starts  # l. 7
         own, given = self.states.chunk(2)
         act = torch.cat([sample_action(policy, own)[0], sample_action(reference, given)[0]])
-        slots = (self.added + torch.arange(len(act), device=act.device)) % len(self.pairs)  # the oldest pairs go first
+        slots = (self.added + torch.arange(len(act), device=act.device)) % len(self.pairs)  # replaces the oldest pairs
         self.pairs[slots] = torch.cat([self.states, act], -1)  # l. 8
         self.added += len(act)
         _, next_obs = sample_step(self.states, *gaussian(model, self.states, act))
@@ -448,7 +448,7 @@ class Rollouts:
         return {"model/rollout_ended": ended.float().mean(), "model/rollout_left": left.float().mean()}
 
     def state_dict(self):
-        filled = self.pairs[: self.added].clone()  # torch.save would write a view's whole storage
+        filled = self.pairs[: self.added].clone()  # torch.save writes a view's whole storage
         return {"states": self.states, "pairs": filled, "added": self.added}
 
     def load_state_dict(self, state):
@@ -461,7 +461,7 @@ class Rollouts:
 
 @torch.no_grad()
 def entropy(policy, obs):
-    """Mean entropy of the policy in states (N, O), from one sample each, the same ones every time."""
+    """Mean entropy of the policy in states (N, O), from one sample each, with fixed noise."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return -sample_action(policy, obs)[1].mean().item()
@@ -481,12 +481,12 @@ def normalized_sum(loss, regulariser, weight):
 
 
 class ARMOR:
-    """The two players; without a model ATAC."""
+    """The two players of the game; without a model: ATAC."""
 
     def __init__(self, obs_dim, act_dim, args, device, values, hidden=None):
-        """values: range of the returns; hidden: widths of the policy, None: as the critics'"""
+        """values: range of the returns; hidden: layers of the policy; None: as the critics"""
         self.args, self.device, self.values = args, device, values
-        self.reference = self.model = None  # until the game begins
+        self.reference = self.model = None  # set by begin_game
         self.policy = Policy(obs_dim, act_dim, hidden or args.hidden).to(device)
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
@@ -510,8 +510,8 @@ class ARMOR:
         return {k: getattr(self, k) for k in names} | ({"model": self.model} if self.model else {})
 
     def begin_game(self, reference, model=None, terminates=None, v_max=1.0):
-        """After the warm start: slow policy, new temperature, and M joins the critics, whose part of the optimizer goes
-        on. reference None: the data's actions; model None: ATAC."""
+        """After the warm start: slow policy, new temperature, and M joins the critics' optimizer, which is kept.
+        reference None: the data's actions; model None: ATAC."""
         self.reference, self.model, self.terminates, self.v_max = reference, model, terminates, v_max
         nn.init.zeros_(self.log_alpha["sac"])
         self.policy_opt = self.adam(self.policy.parameters(), lr=self.args.slow_lr)
@@ -522,10 +522,10 @@ class ARMOR:
             scale = len(model.max_logvar) * self.args.fit_weight * min(1, self.args.bellman_weight)
             for w, decay in zip(model.weight, self.args.dynamics_weight_decay, strict=True):
                 self.adversary_opt.add_param_group({"params": [w], "weight_decay": scale * decay})
-            self.adversary_opt.add_param_group({"params": [*model.bias]})  # the bounds of the log-variance stay
+            self.adversary_opt.add_param_group({"params": [*model.bias]})  # the log-variance bounds stay fixed
 
     def ramp_model(self, step):
-        """M's rate rises from 0: its part of Adam is new, and its first steps have full length."""
+        """Raises M's rate from 0: its part of Adam is new, and the first steps would have full length."""
         for group in self.adversary_opt.param_groups[1:]:
             group["lr"] = self.args.fast_lr * min(1, step / self.args.model_ramp)
 
@@ -544,8 +544,8 @@ class ARMOR:
         return error, q, *q_others
 
     def adversary_loss(self, obs, act, pi_act, ref_act, rew, next_obs, terminated, known):
-        """l^adversary, summed over f_1 and f_2 (Eq. 4). obs, act: the pairs of D_M, first those of the data, whose rew,
-        next_obs, terminated and known (has a successor, not held out) follow; ref_act None: the data's actions."""
+        """l^adversary, summed over f_1 and f_2 (Eq. 4). obs, act: the pairs of D_M, those of the data first, with their
+        rew, next_obs, terminated and known (has a successor, not held out); ref_act None: the data's actions."""
         n, fit, metrics = len(rew), 0.0, {}
         if self.model is not None:
             mean, logvar = gaussian(self.model, obs, act)
@@ -563,13 +563,13 @@ class ARMOR:
         return loss, {k: v.detach() for k, v in metrics.items()}
 
     def policy_loss(self, obs, act, log_prob, alpha):
-        """l^actor with its entropy bonus (Eq. 5); f_1(s, pi_ref) does not depend on the policy and is left out."""
+        """l^actor with entropy bonus (Eq. 5), without f_1(s, pi_ref), which does not depend on the policy."""
         with self.autocast():
             q = self.qf.q1(torch.cat([obs, act], -1))
         return normalized_sum(-q.mean(), log_prob.mean(), alpha)
 
     def step_critics(self, loss):
-        """Adversary's step, Proj_F (large layers are scaled back), targets (l. 5); returns the largest norm before."""
+        """Steps the critics and M, applies Proj_F, updates targets (l. 5); returns the largest norm before Proj_F."""
         descend(self.adversary_opt, loss)
         with torch.no_grad():
             norms = torch._foreach_norm(self.projected)
@@ -579,12 +579,12 @@ class ARMOR:
         return torch.stack(norms).amax()
 
     def step_alpha(self, log_prob):
-        """A step of the temperature towards the target entropy (Proj_Pi of l. 6); returns the temperature."""
+        """Steps the temperature towards the target entropy (Proj_Pi of l. 6) and returns it."""
         descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob.detach().mean() + self.target_entropy))
         return self.log_alpha["sac"].detach().exp()
 
     def warm_up(self, obs, act, rew, next_obs, terminated, cloned):
-        """Warm start: critics by E^w; policy by the likelihood of `cloned` (B, A), with entropy (None: it stays)."""
+        """Warm start: critics by E^w, policy by the likelihood of `cloned` (B, A), with entropy (None: it stays)."""
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum())
         metrics = {"losses/bellman": bellman.detach().mean(), "q/batch": q.detach().mean()}
@@ -620,7 +620,7 @@ class ARMOR:
 
 
 def warm_start(agent, rows, reference, dynamics, rollouts, args, run):
-    """The policy becomes a clone or stays a copy; the critics learn its values on the data and, with rollouts, in M."""
+    """Trains the policy as a clone, or keeps the copy, and its critics on the data and, with rollouts, in M."""
     obs_dim, act_dim = agent.policy.net[0].in_features, agent.policy.net[-1].out_features // 2
     num_model = round(args.model_ratio * args.batch_size) if rollouts else 0
     parts = agent.parts | ({"rollouts": rollouts} if rollouts else {})
@@ -636,22 +636,22 @@ def warm_start(agent, rows, reference, dynamics, rollouts, args, run):
             run.log(0, {"model/warm_start_update": step} | metrics)
 
 
-# --- settings and run folder: bookkeeping until main() ---
+# --- settings and run folder: bookkeeping up to main() ---
 
-# Flags that change no update: a run may be carried on with other values of them.
+# Flags that do not affect training, so a run may be resumed with other values.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from", "warm_start_from"}
-# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
+# Flags that determine a model, besides data and direction: --dynamics-from needs them to be equal.
 MODEL_FLAGS = {"seed", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
 MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
-# Likewise for --warm-start-from; IMAGINED: those that count only if the warm start has rollouts.
+# Likewise for --warm-start-from; IMAGINED: only if the warm start has rollouts.
 WARM_START = {"seed", "bf16", "clone", "batch_size", "hidden", "gamma", "tau", "fast_lr", "target_entropy"}
 WARM_START |= {"target_weight", "clip_v", "weight_norm"}
 IMAGINED = {"dynamics_max_epochs", "model_ratio", "pairs_kept", "rollout_margin", "horizon", "imagined_ends"}
 
 
 def resolve(args, task):
-    """The arguments with the task's settings where the user left None; UserError for what cannot work."""
+    """Fills in the task's settings where the user left None; UserError for settings that cannot work."""
     reference = args.reference or ("bc" if args.model_ratio > 0 else "data")
     clone = args.clone or ("data" if reference in ("bc", "data") else "copy")
     args = replace(args, horizon=args.horizon or task.max_steps, reference=reference, clone=clone)
@@ -673,16 +673,16 @@ def resolve(args, task):
 
 
 def given_reference(args, data, domain=""):
-    """The policy in --reference. It must have acted in this `domain`, where that is known."""
+    """The policy in --reference; if its domain is known, it must be this `domain`."""
     flag, path = f"--reference {args.reference}:", Path(args.reference)
     if path.is_dir():  # of a finished run, or of datasets/mujoco.py
         path /= "agent.pt" if (path / "result.json").exists() else "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{flag} no policy there; give bc, data, a finished run's folder or a policy's file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # SAC's holds a whole replay buffer
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # SAC's holds a replay buffer
         reference = Reference(state.get("agent", state))  # datasets/mujoco.py's agent is one of several parts
-    except Exception as e:  # whatever the bytes of a damaged file lead to
+    except Exception as e:  # a damaged file can raise anything
         raise UserError(f"{flag} holds no Gaussian policy ({type(e).__name__}: {str(e)[:80]})") from None
     have = (reference.net[0].in_features, reference.net[-1].out_features // 2)
     want = (data.obs.shape[1], data.act.shape[1])
@@ -693,15 +693,15 @@ def given_reference(args, data, domain=""):
     if domain and theirs != domain and theirs in ("halfcheetah", "hopper", "walker2d", "ant", "maze2d", "antmaze"):
         raise UserError(f"{flag} is a policy for {theirs}, not for {domain}")
     weights = b"".join(w.contiguous().numpy().tobytes() for w in reference.state_dict().values())
-    data.more_facts["reference"] = hashlib.sha256(weights).hexdigest()  # a run does not go on with another one
+    data.more_facts["reference"] = hashlib.sha256(weights).hexdigest()  # a run is not resumed with another one
     return reference
 
 
 class Run:
-    """The run's folder: settings, log, a checkpoint per phase of training, result. The same command resumes it."""
+    """The run's folder: settings, log, a checkpoint per training phase, result. The same command resumes it."""
 
     def __init__(self, args, config):
-        """Take up the folder, or make it; UserError if it holds another run. `finished`: nothing is left to do."""
+        """Open or create the folder; UserError if it holds another run. `finished`: nothing is left to do."""
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
@@ -715,8 +715,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
-        before the first, and saved to <phase>.pt every `every` steps and after the last."""
+        """Yields the remaining step numbers. `parts` (objects with a state dict) and random states are restored before
+        the first step, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -738,7 +738,7 @@ class Run:
                     plumbing.save(path, parts, facts | {"log_bytes": self.metrics.tell()})
 
     def log(self, update, metrics):
-        """A line of metrics.jsonl; tensors become floats here alone. A loss that is not finite ends the run."""
+        """Adds a line to metrics.jsonl; only here do tensors become floats. A loss that is not finite ends the run."""
         row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         losses = {k.removeprefix("losses/"): v for k, v in row.items() if k.startswith("losses/")}
         if bad := [k for k, v in losses.items() if not math.isfinite(v)]:
@@ -776,7 +776,7 @@ def main(args):
     decides["warm_start"] = {"data": data.sha256, "cloned": None if args.clone == "data" else sha256}
     decides["warm_start"] |= {"imagines": imagines} | (decides["dynamics"] if imagines else {})
     decides["warm_start"] |= {k: config["args"][k] for k in sorted(WARM_START | (IMAGINED if imagines else set()))}
-    config["args"]["reference"] = sha256 or args.reference  # the policy counts, not where it lies
+    config["args"]["reference"] = sha256 or args.reference  # its weights matter, not its path
     run = Run(args, config)
     if run.finished:
         return
@@ -790,25 +790,25 @@ def main(args):
         dynamics = train_dynamics(obs, act, rew, next_obs, args, run)
         order = torch.randperm(len(act), generator=torch.Generator().manual_seed(args.seed)).to(device)
         held_out = order[: max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))]  # as in train_dynamics
-        known[known.nonzero().squeeze(1)[held_out]] = False  # E_D leaves them out, too: model_fit measures M on them
+        known[known.nonzero().squeeze(1)[held_out]] = False  # not in E_D either: model_fit measures M on them
         unseen = [x[held_out] for x in (obs, act, rew, next_obs)]
         fitted = model_fit(dynamics, *unseen)
         v_max = fitted["reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
         game = {"model": copy.deepcopy(dynamics), "terminates": terminates, "v_max": v_max}
     new_rollouts = partial(Rollouts, data.obs.to(device), act_dim, num_real, terminates, args)
 
-    torch.manual_seed(4 * args.seed + 1)  # with and without model: so a clone's warm start is the same
+    torch.manual_seed(4 * args.seed + 1)  # the same for the clone with and without a model
     hidden = reference.hidden if args.clone == "copy" else None
     agent = ARMOR(obs_dim, act_dim, args, device, value_range(data.rew, args.gamma), hidden)
     if args.clone == "copy":
         agent.policy.load_state_dict(reference.state_dict())
-        if args.target_entropy is None:  # pi_ref is to be among the policies that Proj_Pi allows
+        if args.target_entropy is None:  # so that Proj_Pi allows pi_ref
             own = entropy(agent.policy, data.obs[:: max(1, len(data) // 20_000)].to(device))
             agent.target_entropy = min(agent.target_entropy, own)
     warm_start(agent, rows, reference, dynamics, new_rollouts() if imagines else None, args, run)
     reference = reference or Reference({"policy": agent.policy.state_dict()}).to(device)  # the clone, frozen
     agent.begin_game(None if args.reference == "data" else reference, **game)
-    if args.eval_episodes:  # J(pi_ref), in the episodes of every evaluation
+    if args.eval_episodes:  # J(pi_ref), on the evaluation episodes
         theirs = evaluate(task, envs, partial(agent.act, policy=reference), args.seed, args.gamma)
         theirs = {k.replace("eval/", "reference/"): v for k, v in theirs.items()}
 

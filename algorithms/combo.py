@@ -1,4 +1,4 @@
-"""COMBO: conservative offline model-based policy optimisation, CQL's pessimism on a mix of data and imagined rows.
+"""COMBO: conservative offline model-based policy optimisation, CQL's pessimism on data and model rollouts.
 
 Paper: Yu et al. 2021, arXiv:2102.08363; lines are those of its Algorithm 1. No code by the authors is known.
 
@@ -7,25 +7,25 @@ Paper: Yu et al. 2021, arXiv:2102.08363; lines are those of its Algorithm 1. No 
                mu: the policy, or uniform on [-1, 1]^A
   Q functions  min_Q beta (E_rho[Q(s, a)] - E_data[Q(s, a)]) + 1/2 E_df[(Q - B Q_target)^2]              Eq. 2; l. 5
                rho(a|s) = exp Q / sum_a exp Q; with rho fixed, E_rho[Q] has the gradient of log sum_a exp Q   CQL Eq. 4
-               data: real rows alone; d_f: batches with a share eta = 1 - f of imagined transitions
+               data: real transitions only; d_f: batches with a share eta = 1 - f of imagined ones
   policy       max_pi E_df[min_j Q_j(s, a) - alpha log pi(a|s)], a ~ pi(.|s)                             Eq. 3; l. 6
 
     python algorithms/combo.py --env hopper-medium-replay
     python algorithms/combo.py --env hopper-medium-replay --beta 0         # no conservative term
     python algorithms/combo.py --env hopper-medium-replay --model-ratio 0  # no model: CQL with COMBO's beta
 
-Two presets. v0: the paper's settings, all but beta and learning rates unverified: its appendix was not at hand.
-v2 (default): yihaosun1124/OfflineRL-Kit's, for today's data: rollouts of the policy, rho on all states of the batch.
+Two presets. v0: the paper's settings; only beta and learning rates are verified, as we did not have the appendix.
+v2 (default): those of yihaosun1124/OfflineRL-Kit, for today's data: mu is the policy, rho covers all states of a batch.
 
 Differences from the paper, and from OfflineRL-Kit:
-  1. log sum_a exp Q runs over all 3N sampled actions of a state; in OfflineRL-Kit, whose beta v2 takes, over 3.
-  2. TD errors are not halved, nor are OfflineRL-Kit's: beta is half as strong as in Eq. 2.
-  3. The policy sees all states of the batch, as l. 6 says, also where rho has imagined states alone (Eq. 3: s of rho).
-  4. The policy maximises the smaller of two Q values and an entropy, as SAC's does; no entropy in the backup (Eq. 2).
-  5. The Q functions step before the policy, as in l. 5, 6; OfflineRL-Kit's after it. log(1 - a^2): without + 1e-6.
-  6. Rows without a recorded successor train no model, but stay in the learner's batches. OfflineRL-Kit drops them.
+  1. log sum_a exp Q runs over all 3N sampled actions of a state; in OfflineRL-Kit, the source of v2's beta, over 3.
+  2. TD errors are not halved, as in OfflineRL-Kit, so beta is half as strong as in Eq. 2.
+  3. The policy trains on all states of a batch, as in l. 6, even if rho covers only imagined ones (Eq. 3: s of rho).
+  4. The policy maximises the smaller of two Q values plus entropy, as in SAC; no entropy in the backup (Eq. 2).
+  5. The Q functions step before the policy, as in l. 5, 6 (OfflineRL-Kit: after). log(1 - a^2): without + 1e-6.
+  6. Transitions without a recorded successor train the learner, but not the model. OfflineRL-Kit drops them.
   7. Gymnasium's rules end rollouts; OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100, hopper above 100.
-  8. v2: the cosine runs over --policy-lr-decay updates, not over the run; a run can be carried on up to there.
+  8. v2: the cosine spans --policy-lr-decay updates, not the run, so that a run can be continued up to there.
 """
 
 import copy
@@ -42,7 +42,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -52,19 +52,19 @@ from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
-    exp_name: Name | None = None  # None: combo; combo_beta0; combo_cql without imagined rows; with preset v0 ..._v0
+    exp_name: Name | None = None  # None: combo; combo_beta0; combo_cql without model; with preset v0 ..._v0
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or older, for v0 data (v0)
     seed: Seed = 0
     total_updates: PositiveInt = 1_000_000  # gradient updates of the learner
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
+    num_threads: PositiveInt | None = None  # CPU threads; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 for Q of the penalty's 3N actions, the bulk of an update
-    run_dir: str = "runs"  # parent of the run's folder
+    bf16: bool = False  # bfloat16 for Q of the penalty's 3N actions, most of an update's time
+    run_dir: str = "runs"  # folder of all runs
     checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
-    track: bool = False  # log to Weights & Biases as well
+    track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
     wandb_group: str | None = None  # None: task and algorithm
@@ -73,48 +73,48 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 10  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
-    ensemble_size: PositiveInt = 7  # members of the model
-    num_elites: PositiveInt = 5  # members with the lowest holdout error; only these imagine
+    ensemble_size: PositiveInt = 7  # ensemble members
+    num_elites: PositiveInt = 5  # the best on the holdout set; only these generate rollouts
     dynamics_hidden: PositiveInt = 200  # width of the 4 hidden layers
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_lr: Positive = 1e-3
     dynamics_batch_size: PositiveInt = 256
-    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # stop after more than this many epochs with no member 1 % better
-    dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
-    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
-    holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
+    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2, per layer
+    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops improving
+    dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
+    dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
+    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
+    holdout_max: PositiveInt = 1_000  # at most this many
 
     # --- rollout ---
-    horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
-    model_ratio: Share | None = None  # share of imagined rows in a batch (eta); 0: the base learner; None: by task
-    rollout_every: PositiveInt = 1_000  # updates from one round of rollouts to the next
+    horizon: PositiveInt | None = None  # rollout length (h); None: by task
+    model_ratio: Share | None = None  # share of imagined transitions per batch (eta); 0: no model; None: by task
+    rollout_every: PositiveInt = 1_000  # updates between rounds of rollouts
     rollout_starts: PositiveInt = 50_000  # start states per round
-    rollouts_kept: PositiveInt = 5  # rounds in the buffer, the oldest goes first
-    imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
-    rollout_policy: Literal["policy", "uniform"] | None = None  # mu, which actions are imagined; None: by task
+    rollouts_kept: PositiveInt = 5  # rounds kept in the buffer
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    rollout_policy: Literal["policy", "uniform"] | None = None  # mu, the source of imagined actions; None: by task
 
     # --- learner ---
-    batch_size: PositiveInt = 256  # real and imagined rows together
+    batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
-    tau: Share = 0.005  # rate of the target networks
-    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # widths of the hidden layers of policy and Q functions
+    tau: Share = 0.005  # target network update rate
+    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layers of policy and Q functions
     qf_lr: Positive | None = None  # None: 3e-4; 1e-4 for walker2d in v0
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
-    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: never
+    policy_lr_decay: NonNegativeInt | None = None  # updates in which a cosine takes the policy's rate to 0; 0: constant
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
     beta: NonNegative | None = None  # weight of the conservative term; None: by task
-    rho_states: Literal["mix", "model"] | None = None  # Q is pushed down at: all states, imagined ones; None: by task
+    rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: all or imagined states; None: by task
     cql_samples: PositiveInt = 10  # actions per source (N): uniform, pi(.|s), pi(.|s')
     cql_temperature: Positive = 1.0
 
 
-# Horizon h, beta, mu, states of rho, eta. v0: the paper, beta and rates as d3rlpy's reproduction has them; v2:
-# OfflineRL-Kit, run_combo.py; "ours" is in neither. The longest key that the task begins with counts.
+# Horizon h, beta, mu, states of rho, eta. v0: the paper; beta and rates as in d3rlpy's reproduction; v2:
+# OfflineRL-Kit, run_combo.py; "ours" is in neither. The longest key that begins the task's name applies.
 SETTINGS = {
     "v0": {
         "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),
@@ -129,12 +129,12 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 0.5, "policy", "mix", 0.5),
         "hopper-medium-expert": (5, 5.0, "uniform", "model", 0.5),
         "walker2d-medium-expert": (1, 5.0, "policy", "mix", 0.2),
-        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as are those of any other task
+        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as for every other task
         "ant-angle": (5, 0.5, "policy", "mix", 0.5),
         "": (1, 1.0, "policy", "mix", 0.5),
     },
     "v2": {
-        "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),  # random: OfflineRL-Kit lists none; beta as in v0
+        "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),  # random is not in OfflineRL-Kit: beta as in v0
         "hopper-random": (5, 1.0, "policy", "mix", 0.5),
         "walker2d-random": (1, 0.5, "policy", "mix", 0.5),
         "halfcheetah-medium": (5, 0.5, "policy", "mix", 0.5),
@@ -146,7 +146,7 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 5.0, "policy", "mix", 0.5),
         "hopper-medium-expert": (5, 5.0, "policy", "mix", 0.5),
         "walker2d-medium-expert": (1, 5.0, "policy", "mix", 0.5),
-        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as are those of any other task
+        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as for every other task
         "ant-angle": (5, 0.5, "policy", "mix", 0.5),
         "": (1, 1.0, "policy", "mix", 0.5),
     },
@@ -157,7 +157,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -165,7 +165,7 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(*sizes):
-    """ReLU network; its first and last layers stay in float32."""
+    """ReLU network whose first and last layers stay in float32."""
     linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]
     layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
@@ -203,12 +203,12 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (..., O), act (..., A) -> (2, ...)"""
         x = torch.cat([obs, act], -1)
-        rows = x.flatten(0, -2)  # a matrix: on more dimensions autograd would copy at every in-place ReLU
+        rows = x.flatten(0, -2)  # 2-D: with more dimensions autograd copies at every in-place ReLU
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
 
 
 def descend(opt, loss):
-    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
     opt.zero_grad()
     loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
     opt.step()
@@ -218,8 +218,8 @@ def descend(opt, loss):
 
 
 class Dynamics(nn.Module):
-    """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
-    A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
+    """Ensemble of E networks, each a Gaussian over reward and state change (sizes and bounds: tianheyu927/mopo).
+    A forward model p(s', r | s, a) predicts s' from s, a reverse model p(s, r | s', a) s from s': `pred` from `cond`.
     """
 
     def __init__(self, obs_dim, act_dim, args):
@@ -234,7 +234,7 @@ class Dynamics(nn.Module):
         self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
         self.register_buffer("mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("std", torch.ones(obs_dim + act_dim))
-        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout rows
+        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout set
         self.register_buffer("best_epoch", torch.zeros(args.ensemble_size, dtype=torch.long))
 
     def inputs(self, cond, act):
@@ -254,10 +254,10 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Negative log-likelihood, doubled, without constant: mean over rows and outputs, sum over members."""
+        """Twice the negative log-likelihood, without its constant: mean over rows and outputs, sum over members."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
-        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
+        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # keeps the bounds tight
 
     @property
     def elites(self):
@@ -265,7 +265,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, act):
-        """pred and r, from a random elite for every row: (B, O), (B, A) -> (B, O), (B,)"""
+        """pred and r from a random elite per row: (B, O), (B, A) -> (B, O), (B,)"""
         x, elites = self.inputs(cond, act), self.elites
         chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
@@ -277,7 +277,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout mse (E,) fell 1 % below their best; the variance bounds always."""
+        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -286,7 +286,7 @@ class Dynamics(nn.Module):
         self.min_logvar.copy_(current.min_logvar)
 
     def optimizer(self):
-        """Adam's weight decay adds wd W to the gradient, as mopo's loss term wd/2 |W|^2 does."""
+        """Adam with weight decay adds wd W to the gradient, as MOPO's loss term wd/2 |W|^2 does."""
         decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
         groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
@@ -294,9 +294,9 @@ class Dynamics(nn.Module):
 
 
 def train_dynamics(cond, act, rew, pred, args, run):
-    """Maximum likelihood until the holdout error of every member has stopped falling."""
+    """Maximum likelihood, until the holdout error of every member has stopped improving."""
     device, E = cond.device, args.ensemble_size
-    generator = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
+    generator = torch.Generator().manual_seed(args.seed)  # a resumed run repeats split and bootstraps
     order = torch.randperm(len(act), generator=generator).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
@@ -308,13 +308,13 @@ def train_dynamics(cond, act, rew, pred, args, run):
     current.mean.copy_(mean)
     current.std.copy_(torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std))  # 1 for constant columns
     x = current.inputs(cond, act)
-    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
+    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics` keeps each member's best epoch
     loss_fn = torch.compile(current.loss) if args.compile else current.loss
     for epoch in run.steps("dynamics", args.dynamics_max_epochs, 1, dynamics=dynamics, current=current, opt=opt):
         if epoch - 1 - dynamics.best_epoch.max() > args.dynamics_patience:
             break
         shuffle = torch.stack([torch.randperm(N, device=device) for _ in range(E)])
-        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
+        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): each member's bootstrap, reshuffled
         batches = rows.split(args.dynamics_batch_size, 1)
         for idx in plumbing.bar(batches, f"epoch {epoch} (best {dynamics.best_epoch.max()})"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
@@ -324,7 +324,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; if far above holdout_mse, rollouts are noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; rollouts are noise if far above holdout_mse
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -332,13 +332,13 @@ def train_dynamics(cond, act, rew, pred, args, run):
 
 @torch.no_grad()
 def model_error(dynamics, act, episodes, horizon):
-    """Root mean squared error of the elites' mean prediction on real episodes, (T+1, O) each, of the policy `act`:
-    after one step, and after `horizon` with the actions taken, in units of the states' standard deviation."""
+    """Root mean squared error of the elites' mean prediction on the policy's real episodes, (T+1, O) each, after one
+    step and after `horizon` steps with the same actions, in units of the states' standard deviation."""
     device, metrics = dynamics.mean.device, {}
     for steps in sorted({1, horizon}):
         errors = []
         for truth in (torch.from_numpy(x).to(device) for x in episodes if len(x) > steps):
-            obs, acts = truth[:-steps], act(truth[:-1]).to(device)  # deterministic: the same actions again
+            obs, acts = truth[:-steps], act(truth[:-1]).to(device)  # deterministic: the actions that were taken
             for k in range(steps):
                 x = dynamics.inputs(obs, acts[k : k + len(obs)])
                 mean, _ = dynamics(x.expand(len(dynamics.elites), -1, -1), dynamics.elites)
@@ -353,7 +353,7 @@ def model_error(dynamics, act, episodes, horizon):
 
 
 def termination_fn(task, data, args):
-    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? As Gymnasium's v4, D4RL's antmaze."""
+    """Returns the termination rule of Gymnasium's v4 or D4RL's antmaze: (obs, act, next_obs) -> (B,) bool."""
     domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
@@ -367,28 +367,28 @@ def termination_fn(task, data, args):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never end
+        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never terminate
 
     check_ends(terminates, domain, data)
     return terminates
 
 
 def draw(rows, size):
-    """`size` of the rows (N, ...), uniformly, with replacement"""
+    """`size` of the rows (N, ...), sampled uniformly with replacement"""
     return rows[torch.randint(len(rows), (size,), device=rows.device)]
 
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 1, l. 4). Returns rows (M, 2 O + A + 2) and what to log;
-    M is horizon x rollout_starts, or less where some end early."""
+    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 1, l. 4). Returns rows (M, 2 O + A + 2), with M at
+    most horizon x rollout_starts, and metrics."""
     obs = draw(starts, args.rollout_starts)
     rows = []
     for _ in range(args.horizon):
         policy_mean, log_std = policy(obs)
         act, _ = squash(policy_mean, log_std, torch.randn_like(policy_mean))
         act = 2 * torch.rand_like(act) - 1 if args.rollout_policy == "uniform" else act
-        next_obs, rew = dynamics.sample(obs, act)  # a random elite for every row
+        next_obs, rew = dynamics.sample(obs, act)  # a random elite per row
         terminated = terminates(obs, act, next_obs)
         rows.append(pack(obs, act, rew, next_obs, terminated))
         obs = next_obs[~terminated]  # a rollout that ended stays ended
@@ -400,7 +400,7 @@ def imagine(starts, dynamics, policy, terminates, args):
 
 
 class ModelBuffer:
-    """The last rounds of rollouts (D_model). Its state holds the policies, not the rows: a round has a seed of its own,
+    """D_model: the last rounds of rollouts. Its state dict holds policies instead of rows: each round has its own seed,
     so a resumed run imagines the same rows again."""
 
     def __init__(self, starts, dynamics, terminates, args):
@@ -408,9 +408,9 @@ class ModelBuffer:
         self.rollouts = deque(maxlen=args.rollouts_kept)  # of each round: step, weights of the policy, rows
 
     def add(self, step, weights):
-        """A round of rollouts of the policy with these weights, a state dict; the oldest goes. Returns what to log."""
+        """Replaces the oldest round by rollouts of the policy with these weights (a state dict); returns metrics."""
         obs_dim, device = self.starts.shape[1], self.starts.device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # the learner's draws stay as they are
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # leaves the learner's random state alone
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
             policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
             policy.load_state_dict(weights)
@@ -435,7 +435,7 @@ class ModelBuffer:
 def soft_maximum(q_sampled, log_density, temperature=1.0):
     """log sum_a exp Q(s, a) by importance sampling over 3N actions (CQL Eq. 4), up to log 3N.
 
-    q_sampled (2, B, 3N), log_density (B, 3N) of the distribution that each action came from -> (2, B)
+    q_sampled (2, B, 3N), log_density (B, 3N) of the distribution each action was sampled from -> (2, B)
     """
     assert q_sampled.shape[1:] == log_density.shape
     return temperature * torch.logsumexp(q_sampled / temperature - log_density, -1)
@@ -461,7 +461,7 @@ class COMBO:
             plumbing.compile_methods(self, "policy_loss", "critic_loss")
 
     def critic_loss(self, obs, act, rew, next_obs, terminated, num_real):
-        """TD error on d_f and conservative term, each summed over both Q functions (Eq. 2). Real rows stand first."""
+        """TD error on d_f and conservative term, each summed over both Q functions (Eq. 2). Real rows come first."""
         N, A, device = self.args.cql_samples, self.act_dim, obs.device
         rho = slice(num_real if self.args.rho_states == "model" and num_real < len(obs) else 0, None)  # rows of rho
         B = len(obs[rho])
@@ -470,7 +470,7 @@ class COMBO:
             next_act, _ = squash(mean, log_std, torch.randn_like(mean))
             next_q = self.target_qf(next_obs, next_act).amin(0)  # (B,)
             target_q = rew + self.args.gamma * (1 - terminated) * next_q
-            # N uniform actions, N of pi(.|s), N of pi(.|s'): the last are one more proposal for s, evaluated at s
+            # N uniform actions, N from pi(.|s), N from pi(.|s'), all evaluated at s
             now, later = self.policy(obs[rho]), (mean[rho], log_std[rho])
             drawn = [squash(m[:, None], ls[:, None], torch.randn(B, N, A, device=device)) for m, ls in (now, later)]
             acts = torch.cat([2 * torch.rand(B, N, A, device=device) - 1, *(a for a, _ in drawn)], 1)  # (B, 3N, A)
@@ -481,7 +481,7 @@ class COMBO:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
             q_sampled = self.qf(obs[rho].unsqueeze(1).expand(-1, 3 * N, -1), acts)  # (2, B, 3N)
         pushed_down = soft_maximum(q_sampled, log_density, self.args.cql_temperature).mean(1).sum()
-        pushed_up = q[:, :num_real].mean(1).sum()  # actions of the data alone
+        pushed_up = q[:, :num_real].mean(1).sum()  # data actions only
         penalty = pushed_down - pushed_up
         metrics = {"losses/conservative": penalty.detach(), "q/data": pushed_up.detach() / 2}
         metrics |= {"q/sampled": q_sampled.detach().mean(), "q/target": target_q.mean()}
@@ -515,18 +515,18 @@ class COMBO:
         return self.policy(obs.to(self.device))[0].tanh().cpu()
 
 
-# --- settings and run folder: bookkeeping until main() ---
+# --- settings and run folder: bookkeeping up to main() ---
 
-# Flags that change no update: a run may be carried on with other values of them.
+# Flags that do not affect training, so a run may be resumed with other values.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
-# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
+# Flags that determine a model, besides data and direction: --dynamics-from needs them to be equal.
 MODEL_FLAGS = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
 MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
 
 def resolve(args, task):
-    """The arguments with the settings of preset and task where the user left None; UserError for what cannot work."""
+    """Fills in the settings of preset and task where the user left None; UserError for settings that cannot work."""
     table = SETTINGS[args.preset]
     row = table[max((k for k in table if task.name.startswith(k)), key=len)]
     tuned = dict(zip(("horizon", "beta", "rollout_policy", "rho_states", "model_ratio"), row, strict=True))
@@ -549,10 +549,10 @@ def resolve(args, task):
 
 
 class Run:
-    """The run's folder: settings, log, a checkpoint per phase of training, result. The same command resumes it."""
+    """The run's folder: settings, log, a checkpoint per training phase, result. The same command resumes it."""
 
     def __init__(self, args, config):
-        """Take up the folder, or make it; UserError if it holds another run. `finished`: nothing is left to do."""
+        """Open or create the folder; UserError if it holds another run. `finished`: nothing is left to do."""
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
@@ -566,8 +566,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
-        before the first, and saved to <phase>.pt every `every` steps and after the last."""
+        """Yields the remaining step numbers. `parts` (objects with a state dict) and random states are restored before
+        the first step, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -589,7 +589,7 @@ class Run:
                     plumbing.save(path, parts, facts | {"log_bytes": self.metrics.tell()})
 
     def log(self, update, metrics):
-        """A line of metrics.jsonl; tensors become floats here alone. A loss that is not finite ends the run."""
+        """Adds a line to metrics.jsonl; only here do tensors become floats. A loss that is not finite ends the run."""
         row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         losses = {k.removeprefix("losses/"): v for k, v in row.items() if k.startswith("losses/")}
         if bad := [k for k, v in losses.items() if not math.isfinite(v)]:
@@ -615,7 +615,7 @@ def main(args):
     args = resolve(args, task)
     device = plumbing.start(args)
     data = load_dataset(task, args.dataset)
-    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as OfflineRL-Kit does
+    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as in OfflineRL-Kit
     num_model = args.batch_size - num_real
     terminates = termination_fn(task, data, args) if num_model else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
@@ -627,11 +627,11 @@ def main(args):
 
     if num_model:
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
-        torch.manual_seed(4 * args.seed)  # every phase has a seed of its own; + 2: rollouts, + 3: learner
+        torch.manual_seed(4 * args.seed)  # each phase has its own seed; + 2: rollouts, + 3: learner
         dynamics = train_dynamics(obs, act, rew, next_obs, args, run)  # Alg. 1, l. 1
         model_buffer = ModelBuffer(data.obs.to(device), dynamics, terminates, args)
 
-    torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
+    torch.manual_seed(4 * args.seed + 3)  # the learner starts from the same networks with and without a model
     agent = COMBO(obs_dim, act_dim, args, device)
     parts = agent.parts | ({"model_buffer": model_buffer} if num_model else {})
     for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):  # l. 3

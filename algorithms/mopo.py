@@ -9,24 +9,24 @@ Paper: Yu et al. 2020, arXiv:2005.13239; lines are those of its Algorithm 2. Cod
   learner    SAC on batches with a share eta of imagined transitions         arXiv:1812.05905, Eq. 5, 7, 18     l. 11
 
     python algorithms/mopo.py --env hopper-medium-replay
-    python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0  # no penalty: MBPO's training on fixed data
+    python algorithms/mopo.py --env hopper-medium-replay --penalty-coef 0  # no penalty: MBPO on fixed data
     python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0   # no model: SAC on fixed data
 
-Two presets. v0: horizon, lambda, rates, updates and target entropy of the code, for D4RL's v0 data. v2 (default): those
-of OfflineRL-Kit (yihaosun1124), for today's data: smaller steps of the policy, with a cosine decay, 3 million updates.
+Two presets. v0: the code's horizon, lambda, learning rates, updates and target entropy, for D4RL's v0 data. v2
+(default): those of yihaosun1124/OfflineRL-Kit, for today's data, with a cosine decay of the policy's learning rate.
 
 Differences from paper and code:
-  1. u is the norm of standard deviations, as in the code, to which every published lambda belongs; the paper
-     prints the covariance. All members count in it, but only the elites imagine (l. 8 names all).
-  2. The reward that is penalised is a sample of the model, as in l. 8 and in the code; the paper's text says its mean.
-  3. The buffer keeps 5 rounds of rollouts; the code keeps rows of older policies, too, where rollouts end early.
-  4. Rows without a recorded successor train no model, but stay in the learner's batches. The code trains on them,
-     OfflineRL-Kit drops them.
-  5. A rollout of hopper ends when a state entry leaves +-100; by a slip in the code, and in OfflineRL-Kit, only above
-     100. OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100.
-  6. The policy's log standard deviation lies in [-5, 2], as in OfflineRL-Kit; in the code in [-20, 2].
-  7. log(1 - a^2) is exact, without + 1e-6; no clamp of SAC's temperature at 1 (OfflineRL-Kit has it).
-  8. v2: the cosine runs over --policy-lr-decay updates, not over the run; a run can be carried on up to there.
+  1. u is the norm of the standard deviations, as in the code, for which all published lambdas were tuned; the paper
+     prints the covariance. u covers all members, but only the elites generate rollouts (l. 8: all).
+  2. The penalised reward is a sample from the model, as in l. 8 and the code; the paper's text says its mean.
+  3. The buffer keeps 5 rounds of rollouts; the code's also keeps older ones when rollouts end early.
+  4. Transitions without a recorded successor train the learner, but not the model. The code uses them for both,
+     OfflineRL-Kit for neither.
+  5. Hopper rollouts end when a state entry leaves +-100; by a bug in the code and in OfflineRL-Kit only above 100.
+     OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100.
+  6. The policy's log standard deviation lies in [-5, 2], as in OfflineRL-Kit (code: [-20, 2]).
+  7. log(1 - a^2) is exact, without + 1e-6. SAC's temperature is not clamped at 1 (OfflineRL-Kit: it is).
+  8. v2: the cosine spans --policy-lr-decay updates, not the run, so that a run can be continued up to there.
 """
 
 import copy
@@ -43,7 +43,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -53,19 +53,19 @@ from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
-    exp_name: Name | None = None  # None: mopo; mbpo without penalty; sac without imagined rows; with preset v0 ..._v0
+    exp_name: Name | None = None  # None: mopo; mbpo without penalty; sac without model; with preset v0 ..._v0
     preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or older, for v0 data (v0)
     seed: Seed = 0
     total_updates: PositiveInt | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
+    num_threads: PositiveInt | None = None  # CPU threads; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 for the predicted spread of all members, the bulk of a rollout
-    run_dir: str = "runs"  # parent of the run's folder
+    bf16: bool = False  # bfloat16 for the uncertainty of all members, most of a rollout's time
+    run_dir: str = "runs"  # folder of all runs
     checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
-    track: bool = False  # log to Weights & Biases as well
+    track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
     wandb_group: str | None = None  # None: task and algorithm
@@ -74,45 +74,45 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 10  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
-    ensemble_size: PositiveInt = 7  # members of the model
-    num_elites: PositiveInt = 5  # members with the lowest holdout error; only these imagine
+    ensemble_size: PositiveInt = 7  # ensemble members
+    num_elites: PositiveInt = 5  # the best on the holdout set; only these generate rollouts
     dynamics_hidden: PositiveInt = 200  # width of the 4 hidden layers
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_lr: Positive = 1e-3
     dynamics_batch_size: PositiveInt = 256
-    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # stop after more than this many epochs with no member 1 % better
-    dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
-    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
-    holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
+    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2, per layer
+    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops improving
+    dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
+    dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
+    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
+    holdout_max: PositiveInt = 1_000  # at most this many
 
     # --- rollout ---
-    horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
-    model_ratio: Share = 0.95  # share of imagined rows in a batch (eta); 0: the base learner
-    rollout_every: PositiveInt = 1_000  # updates from one round of rollouts to the next
+    horizon: PositiveInt | None = None  # rollout length (h); None: by task
+    model_ratio: Share = 0.95  # share of imagined transitions per batch (eta); 0: no model
+    rollout_every: PositiveInt = 1_000  # updates between rounds of rollouts
     rollout_starts: PositiveInt = 50_000  # start states per round
-    rollouts_kept: PositiveInt = 5  # rounds in the buffer, the oldest goes first
-    imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
+    rollouts_kept: PositiveInt = 5  # rounds kept in the buffer
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
     penalty_coef: NonNegative | None = None  # lambda; 0: no penalty; None: by task, for the aleatoric u
     penalty: Literal["aleatoric", "pairwise_diff", "ensemble_std"] = "aleatoric"  # u(s, a), see penalty_of()
 
     # --- learner ---
-    batch_size: PositiveInt = 256  # real and imagined rows together
+    batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
-    tau: Share = 0.005  # rate of the target networks
-    hidden: tuple[PositiveInt, ...] = (256, 256)  # widths of the hidden layers of policy and Q functions
+    tau: Share = 0.005  # target network update rate
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layers of policy and Q functions
     qf_lr: Positive = 3e-4
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
-    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: never
-    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions; v0: -3, whatever the task
+    policy_lr_decay: NonNegativeInt | None = None  # updates in which a cosine takes the policy's rate to 0; 0: constant
+    target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions; v0: always -3
 
 
 # Horizon h and penalty weight lambda. v0: tianheyu927/mopo, examples/config/d4rl; v2:
-# OfflineRL-Kit, run_mopo.py; "ours" is in neither. The longest key that the task begins with counts.
+# OfflineRL-Kit, run_mopo.py; "ours" is in neither. The longest key that begins the task's name applies.
 SETTINGS = {
     "v0": {
         "halfcheetah-random": (5, 0.5),
@@ -127,12 +127,12 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 5.0),  # 1 in the paper's table
         "hopper-medium-expert": (5, 1.0),
         "walker2d-medium-expert": (1, 2.0),
-        "halfcheetah-jump": (5, 1.0),  # ours, as are those of any other task
+        "halfcheetah-jump": (5, 1.0),  # ours, as for every other task
         "ant-angle": (5, 1.0),
         "": (1, 1.0),
     },
     "v2": {
-        "halfcheetah-random": (5, 0.5),  # random: OfflineRL-Kit lists none; as in v0
+        "halfcheetah-random": (5, 0.5),  # random is not in OfflineRL-Kit: as in v0
         "hopper-random": (5, 1.0),
         "walker2d-random": (1, 1.0),
         "halfcheetah-medium": (5, 0.5),
@@ -144,7 +144,7 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 2.5),
         "hopper-medium-expert": (5, 5.0),
         "walker2d-medium-expert": (1, 2.5),
-        "halfcheetah-jump": (5, 1.0),  # ours, as are those of any other task
+        "halfcheetah-jump": (5, 1.0),  # ours, as for every other task
         "ant-angle": (5, 1.0),
         "": (1, 1.0),
     },
@@ -155,7 +155,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -163,7 +163,7 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(*sizes):
-    """ReLU network; its first and last layers stay in float32."""
+    """ReLU network whose first and last layers stay in float32."""
     linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]
     layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
@@ -201,12 +201,12 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (..., O), act (..., A) -> (2, ...)"""
         x = torch.cat([obs, act], -1)
-        rows = x.flatten(0, -2)  # a matrix: on more dimensions autograd would copy at every in-place ReLU
+        rows = x.flatten(0, -2)  # 2-D: with more dimensions autograd copies at every in-place ReLU
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
 
 
 def descend(opt, loss):
-    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
     opt.zero_grad()
     loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
     opt.step()
@@ -216,8 +216,8 @@ def descend(opt, loss):
 
 
 class Dynamics(nn.Module):
-    """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
-    A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
+    """Ensemble of E networks, each a Gaussian over reward and state change (sizes and bounds: tianheyu927/mopo).
+    A forward model p(s', r | s, a) predicts s' from s, a reverse model p(s, r | s', a) s from s': `pred` from `cond`.
     """
 
     def __init__(self, obs_dim, act_dim, args):
@@ -232,7 +232,7 @@ class Dynamics(nn.Module):
         self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
         self.register_buffer("mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("std", torch.ones(obs_dim + act_dim))
-        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout rows
+        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout set
         self.register_buffer("best_epoch", torch.zeros(args.ensemble_size, dtype=torch.long))
 
     def inputs(self, cond, act):
@@ -252,10 +252,10 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Negative log-likelihood, doubled, without constant: mean over rows and outputs, sum over members."""
+        """Twice the negative log-likelihood, without its constant: mean over rows and outputs, sum over members."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
-        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
+        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # keeps the bounds tight
 
     @property
     def elites(self):
@@ -263,7 +263,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, act):
-        """pred and r, from a random elite for every row: (B, O), (B, A) -> (B, O), (B,)"""
+        """pred and r from a random elite per row: (B, O), (B, A) -> (B, O), (B,)"""
         x, elites = self.inputs(cond, act), self.elites
         chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
@@ -275,7 +275,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout mse (E,) fell 1 % below their best; the variance bounds always."""
+        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -284,7 +284,7 @@ class Dynamics(nn.Module):
         self.min_logvar.copy_(current.min_logvar)
 
     def optimizer(self):
-        """Adam's weight decay adds wd W to the gradient, as mopo's loss term wd/2 |W|^2 does."""
+        """Adam with weight decay adds wd W to the gradient, as MOPO's loss term wd/2 |W|^2 does."""
         decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
         groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
@@ -292,9 +292,9 @@ class Dynamics(nn.Module):
 
 
 def train_dynamics(cond, act, rew, pred, args, run):
-    """Maximum likelihood until the holdout error of every member has stopped falling."""
+    """Maximum likelihood, until the holdout error of every member has stopped improving."""
     device, E = cond.device, args.ensemble_size
-    generator = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
+    generator = torch.Generator().manual_seed(args.seed)  # a resumed run repeats split and bootstraps
     order = torch.randperm(len(act), generator=generator).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
@@ -306,13 +306,13 @@ def train_dynamics(cond, act, rew, pred, args, run):
     current.mean.copy_(mean)
     current.std.copy_(torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std))  # 1 for constant columns
     x = current.inputs(cond, act)
-    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
+    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics` keeps each member's best epoch
     loss_fn = torch.compile(current.loss) if args.compile else current.loss
     for epoch in run.steps("dynamics", args.dynamics_max_epochs, 1, dynamics=dynamics, current=current, opt=opt):
         if epoch - 1 - dynamics.best_epoch.max() > args.dynamics_patience:
             break
         shuffle = torch.stack([torch.randperm(N, device=device) for _ in range(E)])
-        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
+        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): each member's bootstrap, reshuffled
         batches = rows.split(args.dynamics_batch_size, 1)
         for idx in plumbing.bar(batches, f"epoch {epoch} (best {dynamics.best_epoch.max()})"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
@@ -322,7 +322,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; if far above holdout_mse, rollouts are noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; rollouts are noise if far above holdout_mse
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -330,13 +330,13 @@ def train_dynamics(cond, act, rew, pred, args, run):
 
 @torch.no_grad()
 def model_error(dynamics, act, episodes, horizon):
-    """Root mean squared error of the elites' mean prediction on real episodes, (T+1, O) each, of the policy `act`:
-    after one step, and after `horizon` with the actions taken, in units of the states' standard deviation."""
+    """Root mean squared error of the elites' mean prediction on the policy's real episodes, (T+1, O) each, after one
+    step and after `horizon` steps with the same actions, in units of the states' standard deviation."""
     device, metrics = dynamics.mean.device, {}
     for steps in sorted({1, horizon}):
         errors = []
         for truth in (torch.from_numpy(x).to(device) for x in episodes if len(x) > steps):
-            obs, acts = truth[:-steps], act(truth[:-1]).to(device)  # deterministic: the same actions again
+            obs, acts = truth[:-steps], act(truth[:-1]).to(device)  # deterministic: the actions that were taken
             for k in range(steps):
                 x = dynamics.inputs(obs, acts[k : k + len(obs)])
                 mean, _ = dynamics(x.expand(len(dynamics.elites), -1, -1), dynamics.elites)
@@ -351,7 +351,7 @@ def model_error(dynamics, act, episodes, horizon):
 
 
 def termination_fn(task, data, args):
-    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? As Gymnasium's v4, D4RL's antmaze."""
+    """Returns the termination rule of Gymnasium's v4 or D4RL's antmaze: (obs, act, next_obs) -> (B,) bool."""
     domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
@@ -365,14 +365,14 @@ def termination_fn(task, data, args):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never end
+        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never terminate
 
     check_ends(terminates, domain, data)
     return terminates
 
 
 def draw(rows, size):
-    """`size` of the rows (N, ...), uniformly, with replacement"""
+    """`size` of the rows (N, ...), sampled uniformly with replacement"""
     return rows[torch.randint(len(rows), (size,), device=rows.device)]
 
 
@@ -392,16 +392,16 @@ def penalty_of(kind, mean, logvar):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 2, l. 4-10). Returns rows (M, 2 O + A + 2), M horizon x
-    rollout_starts or less where some end early, and what to log."""
+    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 2, l. 4-10). Returns rows (M, 2 O + A + 2), with M at
+    most horizon x rollout_starts, and metrics."""
     obs = draw(starts, args.rollout_starts)  # l. 5
     rows, penalties = [], []
     for _ in range(args.horizon):  # l. 6
         policy_mean, log_std = policy(obs)
         act, _ = squash(policy_mean, log_std, torch.randn_like(policy_mean))  # l. 7
-        next_obs, rew = dynamics.sample(obs, act)  # l. 8: a random elite for every row
+        next_obs, rew = dynamics.sample(obs, act)  # l. 8: a random elite per row
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16 and args.penalty == "aleatoric"):
-            chunks = dynamics.inputs(obs, act).split(1_000)  # which fit into a CPU's caches
+            chunks = dynamics.inputs(obs, act).split(1_000)  # that fit into a CPU's caches
             predicted = [dynamics(x.expand(args.ensemble_size, -1, -1)) for x in chunks]
         penalty = torch.cat([penalty_of(args.penalty, mean, logvar) for mean, logvar in predicted])
         terminated = terminates(obs, act, next_obs)
@@ -410,7 +410,7 @@ def imagine(starts, dynamics, policy, terminates, args):
         obs = next_obs[~terminated]  # a rollout that ended stays ended
     rows, penalty = torch.cat(rows), torch.cat(penalties)
     _, _, rew, _, terminated = unpack(rows, obs.shape[1], act.shape[1])
-    rew = rew + args.penalty_coef * penalty  # as the model has it, to compare with the data
+    rew = rew + args.penalty_coef * penalty  # before the penalty, to compare with the data
     stats = {"imagined_reward_min": rew.min(), "imagined_reward_max": rew.max(), "imagined_reward_mean": rew.mean()}
     stats |= {"imagined_terminated": terminated.mean()}
     stats |= {"penalty_mean": penalty.mean(), "penalty_max": penalty.max()}
@@ -418,7 +418,7 @@ def imagine(starts, dynamics, policy, terminates, args):
 
 
 class ModelBuffer:
-    """The last rounds of rollouts (D_model). Its state holds the policies, not the rows: a round has a seed of its own,
+    """D_model: the last rounds of rollouts. Its state dict holds policies instead of rows: each round has its own seed,
     so a resumed run imagines the same rows again."""
 
     def __init__(self, starts, dynamics, terminates, args):
@@ -426,9 +426,9 @@ class ModelBuffer:
         self.rollouts = deque(maxlen=args.rollouts_kept)  # of each round: step, weights of the policy, rows
 
     def add(self, step, weights):
-        """A round of rollouts of the policy with these weights, a state dict; the oldest goes. Returns what to log."""
+        """Replaces the oldest round by rollouts of the policy with these weights (a state dict); returns metrics."""
         obs_dim, device = self.starts.shape[1], self.starts.device
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # the learner's draws stay as they are
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # leaves the learner's random state alone
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
             policy = Policy(obs_dim, len(self.dynamics.mean) - obs_dim, self.args.hidden).to(device)
             policy.load_state_dict(weights)
@@ -508,18 +508,18 @@ class SAC:
         return self.policy(obs.to(self.device))[0].tanh().cpu()
 
 
-# --- settings and run folder: bookkeeping until main() ---
+# --- settings and run folder: bookkeeping up to main() ---
 
-# Flags that change no update: a run may be carried on with other values of them.
+# Flags that do not affect training, so a run may be resumed with other values.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
-# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
+# Flags that determine a model, besides data and direction: --dynamics-from needs them to be equal.
 MODEL_FLAGS = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
 MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
 
 def resolve(args, task):
-    """The arguments with the settings of preset and task where the user left None; UserError for what cannot work."""
+    """Fills in the settings of preset and task where the user left None; UserError for settings that cannot work."""
     table = SETTINGS[args.preset]
     row = table[max((k for k in table if task.name.startswith(k)), key=len)]
     tuned = dict(zip(("horizon", "penalty_coef"), row, strict=True))
@@ -541,10 +541,10 @@ def resolve(args, task):
 
 
 class Run:
-    """The run's folder: settings, log, a checkpoint per phase of training, result. The same command resumes it."""
+    """The run's folder: settings, log, a checkpoint per training phase, result. The same command resumes it."""
 
     def __init__(self, args, config):
-        """Take up the folder, or make it; UserError if it holds another run. `finished`: nothing is left to do."""
+        """Open or create the folder; UserError if it holds another run. `finished`: nothing is left to do."""
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
@@ -558,8 +558,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
-        before the first, and saved to <phase>.pt every `every` steps and after the last."""
+        """Yields the remaining step numbers. `parts` (objects with a state dict) and random states are restored before
+        the first step, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -581,7 +581,7 @@ class Run:
                     plumbing.save(path, parts, facts | {"log_bytes": self.metrics.tell()})
 
     def log(self, update, metrics):
-        """A line of metrics.jsonl; tensors become floats here alone. A loss that is not finite ends the run."""
+        """Adds a line to metrics.jsonl; only here do tensors become floats. A loss that is not finite ends the run."""
         row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         losses = {k.removeprefix("losses/"): v for k, v in row.items() if k.startswith("losses/")}
         if bad := [k for k, v in losses.items() if not math.isfinite(v)]:
@@ -607,7 +607,7 @@ def main(args):
     args = resolve(args, task)
     device = plumbing.start(args)
     data = load_dataset(task, args.dataset)
-    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as OfflineRL-Kit does
+    num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)  # rounded down, as in OfflineRL-Kit
     num_model = args.batch_size - num_real
     terminates = termination_fn(task, data, args) if num_model else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
@@ -619,11 +619,11 @@ def main(args):
 
     if num_model:
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
-        torch.manual_seed(4 * args.seed)  # every phase has a seed of its own; + 2: rollouts, + 3: learner
+        torch.manual_seed(4 * args.seed)  # each phase has its own seed; + 2: rollouts, + 3: learner
         dynamics = train_dynamics(obs, act, rew, next_obs, args, run)  # Alg. 2, l. 1
         model_buffer = ModelBuffer(data.obs.to(device), dynamics, terminates, args)
 
-    torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
+    torch.manual_seed(4 * args.seed + 3)  # the learner starts from the same networks with and without a model
     agent = SAC(obs_dim, act_dim, args, device)  # l. 2
     parts = agent.parts | ({"model_buffer": model_buffer} if num_model else {})
     for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):

@@ -16,19 +16,19 @@ sfujim/BCQ (continuous_BCQ).
     python algorithms/romi_bcq.py --env maze2d-umaze
     python algorithms/romi_bcq.py --env maze2d-umaze --model-ratio 0        # BCQ
 
-Where paper and code disagree we follow the code: the KL has a quarter of Eq. 3's weight, sampled latents are clipped
-to +-0.5, a batch has a fixed share of imagined rows, a chain stops after a row whose s' is terminal, even its first,
-and start states and real rows are drawn in proportion to how far the return of their trajectory exceeds the worst (not
-on maze2d: SETTINGS). On antmaze that leaves the trajectories that reach the goal; every rewarded row ends one. BCQ's
-generator is trained on the mixed batch, so it imitates imagined actions, too. l. is a line of ROMI's Algorithm 1.
-Differences from the code:
-  1. Batches are split exactly, round(eta B) imagined rows and the rest real.
-  2. Draws by return are with replacement and exact, not from a sum tree; uniform where all weights are 0.
-  3. Rows at time limits with a recorded successor are used; the code drops them. Terminal rows train the models, too;
-     in the code only on antmaze.
-  4. RBC minimises the paper's negative log-likelihood; the code subtracts half an entropy and takes std for variance.
-  5. tanh's correction log(1 - a^2) is exact, without + 1e-6. A hopper below -100 ends a chain as one above 100 does.
-  6. Elites are chosen on the holdout rows of training; the code draws new ones. An antmaze's goal is estimated from its
+Where paper and code disagree, we follow the code: the KL term has a quarter of its weight in Eq. 3, sampled latents are
+clipped to +-0.5, the share of imagined transitions per batch is fixed, a rollout stops after a transition whose s' is
+terminal, even its first, and start states and real transitions are sampled in proportion to their trajectory's return
+above the worst (not on maze2d, see SETTINGS). On antmaze this leaves only trajectories that reach the goal, as every
+reward ends one. BCQ's generator trains on mixed batches, so it also imitates imagined actions. "l." is a line of ROMI's
+Algorithm 1. Differences from the code:
+  1. Batches are split exactly: round(eta B) imagined transitions, the rest real.
+  2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
+  3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
+     train the models; in the code only on antmaze.
+  4. RBC minimises the paper's negative log-likelihood; the code subtracts half an entropy and uses std as variance.
+  5. tanh's correction log(1 - a^2) is exact, without + 1e-6. Hopper rollouts end below -100, too, not only above 100.
+  6. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
      rewarded positions; the code asks the environment.
 """
 
@@ -46,7 +46,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -56,18 +56,18 @@ from utils import check_ends, describe_imagination, evaluate, load_dataset, make
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "maze2d-umaze"  # D4RL task or Minari id
-    exp_name: Name | None = None  # None: romi_bcq; bcq without imagined rows
+    exp_name: Name | None = None  # None: romi_bcq; bcq without model
     seed: Seed = 0
-    total_updates: PositiveInt = 1_000_000  # gradient updates of the learner; a larger number carries a finished run on
+    total_updates: PositiveInt = 1_000_000  # gradient updates of the learner; raise it to continue a finished run
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
+    num_threads: PositiveInt | None = None  # CPU threads; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
     bf16: bool = False  # bfloat16 in the learner's hidden layers
-    run_dir: str = "runs"  # parent of the run's folder
+    run_dir: str = "runs"  # folder of all runs
     checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
-    track: bool = False  # log to Weights & Biases as well
+    track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
     wandb_group: str | None = None  # None: task and algorithm
@@ -76,54 +76,54 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 10  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
+    eval_episodes: Episodes = 10  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
-    ensemble_size: PositiveInt = 7  # members of the model
-    num_elites: PositiveInt = 5  # members with the lowest holdout error; only these imagine
+    ensemble_size: PositiveInt = 7  # ensemble members
+    num_elites: PositiveInt = 5  # the best on the holdout set; only these generate rollouts
     dynamics_hidden: PositiveInt = 200  # width of the 4 hidden layers
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_lr: Positive = 1e-3
     dynamics_batch_size: PositiveInt = 256
-    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2 on the weights, layer by layer
-    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops falling
-    dynamics_patience: NonNegativeInt = 5  # stop after more than this many epochs with no member 1 % better
-    dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
-    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of the rows held out
-    holdout_max: PositiveInt = 1_000  # upper limit of held-out rows
+    dynamics_weight_decay: Decays = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # L2, per layer
+    dynamics_max_epochs: PositiveInt | None = None  # None: until the holdout error stops improving
+    dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
+    dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
+    holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
+    holdout_max: PositiveInt = 1_000  # at most this many
 
     # --- rollout ---
-    horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
-    model_ratio: Share | None = None  # share of imagined rows in a batch (eta); 0: the base learner; None: by task
-    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # which actions are imagined; None: by task
-    priority_rollout: bool | None = None  # draw start states by the return of their trajectory; None: by task
-    priority_policy: bool | None = None  # draw the real rows of a batch likewise; None: by task
-    imagined_ends: bool = True  # imagined episodes end by the robot's rule; no: never
-    model_buffer_size: PositiveInt = 4_000_000  # imagined transitions, made once before policy learning
-    rollout_batch_size: PositiveInt = 20_000  # start states per call of the model
-    rollout_policy_updates: PositiveInt = 500_000  # of a learnt rollout policy
+    horizon: PositiveInt | None = None  # rollout length (h); None: by task
+    model_ratio: Share | None = None  # share of imagined transitions per batch (eta); 0: no model; None: by task
+    rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # source of imagined actions; None: by task
+    priority_rollout: bool | None = None  # sample start states by trajectory return; None: by task
+    priority_policy: bool | None = None  # sample real transitions likewise; None: by task
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    model_buffer_size: PositiveInt = 4_000_000  # imagined transitions, generated once before policy learning
+    rollout_batch_size: PositiveInt = 20_000  # start states per model call
+    rollout_policy_updates: PositiveInt = 500_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 100
     rollout_policy_lr: Positive = 1e-3
-    vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder, also of BCQ's generator
-    kl_weight: NonNegative = 0.5  # rollout policy: weight of the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # rollout policy: sampled latents are clipped; paper: inf
+    vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder, also in BCQ's generator
+    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
     rbc_hidden: PositiveInt = 256  # width of the 2 hidden layers
-    rbc_entropy: NonNegative = 0.0  # weight of an entropy bonus; 0.5 in the code
+    rbc_entropy: NonNegative = 0.0  # weight of an entropy bonus; code: 0.5
 
     # --- learner ---
-    batch_size: PositiveInt = 100  # real and imagined rows together
+    batch_size: PositiveInt = 100  # real and imagined transitions together
     gamma: Share = 0.99  # discount
-    tau: Share = 0.005  # rate of the target networks
-    hidden: tuple[PositiveInt, PositiveInt] = (400, 300)  # widths of the hidden layers of perturbation and Q functions
+    tau: Share = 0.005  # target network update rate
+    hidden: tuple[PositiveInt, PositiveInt] = (400, 300)  # hidden layers of perturbation and Q functions
     lr: Positive = 1e-3  # Q functions, perturbation and generator
-    lmbda: Share = 0.75  # weight of the smaller of the two Q functions in the target
-    phi: NonNegative = 0.05  # largest perturbation of a generated action
-    bcq_samples: PositiveInt = 10  # generated actions per next state in the target
-    eval_samples: PositiveInt = 100  # generated actions per state when acting; the one with the largest Q_1 is taken
+    lmbda: Share = 0.75  # weight of the smaller Q function in the target (lambda)
+    phi: NonNegative = 0.05  # bound of the perturbation
+    bcq_samples: PositiveInt = 10  # generated actions per next state in the TD target
+    eval_samples: PositiveInt = 100  # generated actions per state when acting; the one with the largest Q_1 is executed
 
 
-# h, eta, rollout policy, draws by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours" is not in the code.
-# The longest key that the task begins with counts.
+# h, eta, rollout policy, sampling by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours": not in there.
+# The longest key that begins the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (5, 0.7, "uniform", False),
     "maze2d-medium": (5, 0.5, "uniform", False),
@@ -141,7 +141,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -149,7 +149,7 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(*sizes):
-    """ReLU network; its first and last layers stay in float32."""
+    """ReLU network whose first and last layers stay in float32."""
     linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]
     layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
@@ -192,7 +192,7 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (..., O), act (..., A) -> (2, ...)"""
         x = torch.cat([obs, act], -1)
-        rows = x.flatten(0, -2)  # a matrix: on more dimensions autograd would copy at every in-place ReLU
+        rows = x.flatten(0, -2)  # 2-D: with more dimensions autograd copies at every in-place ReLU
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
 
 
@@ -223,24 +223,23 @@ class ConditionalVAE(nn.Module):
 
 
 class BehaviourCloning(nn.Module):
-    """pi(a|c): tanh-squashed Gaussian on standardised states; on s' reverse behaviour cloning, RBC (ROMI Sec. 4.4)."""
+    """pi(a|c): tanh-squashed Gaussian on standardised states; conditioned on s' it is RBC (ROMI Sec. 4.4)."""
 
     def __init__(self, cond, act_dim, hidden, entropy_weight):
-        """cond (N, O): the states whose mean and standard deviation it takes"""
+        """cond (N, O): states that set its mean and standard deviation"""
         super().__init__()
         self.entropy_weight, self.net = entropy_weight, mlp(cond.shape[1], hidden, hidden, 2 * act_dim)
         mean, std = cond.mean(0), cond.std(0)
         self.register_buffer("mean", mean)
-        self.register_buffer(
-            "std", torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std + 1e-6)
-        )  # 1 for constant columns
+        std = torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std + 1e-6)  # 1 for constant columns
+        self.register_buffer("std", std)
 
     def forward(self, cond):
         mean, log_std = self.net((cond - self.mean) / self.std).chunk(2, -1)
         return mean, log_std.clamp(-20, 2)
 
     def loss(self, cond, act):
-        """Negative log-likelihood (ROMI Eq. 4), less an entropy bonus if asked for."""
+        """Negative log-likelihood (ROMI Eq. 4), minus an optional entropy bonus."""
         mean, log_std = self(cond)
         return -squashed_log_prob(mean, log_std, act).mean() - self.entropy_weight * log_std.sum(-1).mean()
 
@@ -250,7 +249,7 @@ class BehaviourCloning(nn.Module):
 
 
 def descend(opt, loss):
-    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
     opt.zero_grad()
     loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
     opt.step()
@@ -260,8 +259,8 @@ def descend(opt, loss):
 
 
 class Dynamics(nn.Module):
-    """E Gaussians over reward and change of state, each a network of its own (sizes and bounds: tianheyu927/mopo).
-    A forward model predicts s' from s, p(s', r | s, a), a reverse model s from s', p(s, r | s', a): pred from cond.
+    """Ensemble of E networks, each a Gaussian over reward and state change (sizes and bounds: tianheyu927/mopo).
+    A forward model p(s', r | s, a) predicts s' from s, a reverse model p(s, r | s', a) s from s': `pred` from `cond`.
     """
 
     def __init__(self, obs_dim, act_dim, args):
@@ -276,7 +275,7 @@ class Dynamics(nn.Module):
         self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
         self.register_buffer("mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("std", torch.ones(obs_dim + act_dim))
-        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout rows
+        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the holdout set
         self.register_buffer("best_epoch", torch.zeros(args.ensemble_size, dtype=torch.long))
 
     def inputs(self, cond, act):
@@ -296,10 +295,10 @@ class Dynamics(nn.Module):
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     def loss(self, x, target):
-        """Negative log-likelihood, doubled, without constant: mean over rows and outputs, sum over members."""
+        """Twice the negative log-likelihood, without its constant: mean over rows and outputs, sum over members."""
         mean, logvar = self(x)
         nll = ((mean - target).square() * (-logvar).exp() + logvar).mean((1, 2)).sum()
-        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # a pull on the bounds
+        return nll + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())  # keeps the bounds tight
 
     @property
     def elites(self):
@@ -307,7 +306,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond, act):
-        """pred and r, from a random elite for every row: (B, O), (B, A) -> (B, O), (B,)"""
+        """pred and r from a random elite per row: (B, O), (B, A) -> (B, O), (B,)"""
         x, elites = self.inputs(cond, act), self.elites
         chosen = elites[torch.randint(len(elites), (len(x),), device=x.device)]
         out = torch.randn(len(x), cond.shape[1] + 1, device=x.device)
@@ -319,7 +318,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout mse (E,) fell 1 % below their best; the variance bounds always."""
+        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -328,7 +327,7 @@ class Dynamics(nn.Module):
         self.min_logvar.copy_(current.min_logvar)
 
     def optimizer(self):
-        """Adam's weight decay adds wd W to the gradient, as mopo's loss term wd/2 |W|^2 does."""
+        """Adam with weight decay adds wd W to the gradient, as MOPO's loss term wd/2 |W|^2 does."""
         decays = zip(self.weight, self.args.dynamics_weight_decay, strict=True)
         groups = [{"params": [w], "weight_decay": wd} for w, wd in decays]
         groups.append({"params": [*self.bias, self.max_logvar, self.min_logvar]})
@@ -336,9 +335,9 @@ class Dynamics(nn.Module):
 
 
 def train_dynamics(cond, act, rew, pred, args, run):
-    """Maximum likelihood until the holdout error of every member has stopped falling."""
+    """Maximum likelihood, until the holdout error of every member has stopped improving."""
     device, E = cond.device, args.ensemble_size
-    generator = torch.Generator().manual_seed(args.seed)  # a resumed run splits and draws bootstraps alike
+    generator = torch.Generator().manual_seed(args.seed)  # a resumed run repeats split and bootstraps
     order = torch.randperm(len(act), generator=generator).to(device)
     num_holdout = max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))
     holdout, train = order[:num_holdout], order[num_holdout:]
@@ -350,13 +349,13 @@ def train_dynamics(cond, act, rew, pred, args, run):
     current.mean.copy_(mean)
     current.std.copy_(torch.where(std < 1e-6 * (1 + mean.abs()), 1.0, std))  # 1 for constant columns
     x = current.inputs(cond, act)
-    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
+    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics` keeps each member's best epoch
     loss_fn = torch.compile(current.loss) if args.compile else current.loss
     for epoch in run.steps("dynamics", args.dynamics_max_epochs, 1, dynamics=dynamics, current=current, opt=opt):
         if epoch - 1 - dynamics.best_epoch.max() > args.dynamics_patience:
             break
         shuffle = torch.stack([torch.randperm(N, device=device) for _ in range(E)])
-        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): every member sees its own bootstrap, in a new order
+        rows = train[bootstrap.gather(1, shuffle)]  # (E, N): each member's bootstrap, reshuffled
         batches = rows.split(args.dynamics_batch_size, 1)
         for idx in plumbing.bar(batches, f"epoch {epoch} (best {dynamics.best_epoch.max()})"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])
@@ -366,7 +365,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
         mse = (mean - y[holdout]).square().mean((1, 2))  # (E,)
         dynamics.keep_best(current, mse, epoch)
         fit = {"holdout_mse": mse.mean(), "elite_mse": dynamics.best_mse[dynamics.elites].mean()}
-        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; if far above holdout_mse, rollouts are noise
+        fit |= {"expected_mse": logvar.exp().mean()}  # predicted variance; rollouts are noise if far above holdout_mse
         fit |= {"explained_variance": 1 - fit["elite_mse"] / y[holdout].var(0, unbiased=False).mean()}
         run.log(0, {"model/epoch": epoch, "losses/dynamics": loss} | {f"model/{k}": v for k, v in fit.items()})
     return dynamics
@@ -376,7 +375,7 @@ def train_dynamics(cond, act, rew, pred, args, run):
 
 
 def train_rollout_policy(cond, act, args, run):
-    """Uniform, or CVAE or RBC on the data (ROMI Alg. 1, l. 6-9). Returns a function: cond (B, O) -> act (B, A)."""
+    """Uniform, or a CVAE or RBC trained on the data (ROMI Alg. 1, l. 6-9). Returns cond (B, O) -> act (B, A)."""
     obs_dim, act_dim = cond.shape[1], act.shape[1]
     if args.rollout_policy == "uniform":  # "an extremely diverse policy in easy tasks" (ROMI Sec. 3)
         return lambda cond: 2 * torch.rand(len(cond), act_dim, device=cond.device) - 1
@@ -398,7 +397,7 @@ def train_rollout_policy(cond, act, args, run):
 
 
 def termination_fn(task, data, args):
-    """Returns a function: (obs, act, next_obs) -> (B,) bool, has the MDP ended? As Gymnasium's v4, D4RL's antmaze."""
+    """Returns the termination rule of Gymnasium's v4 or D4RL's antmaze: (obs, act, next_obs) -> (B,) bool."""
     domain = task.domain if args.imagined_ends else "none"
     goal = data.goal() if domain == "antmaze" else None
 
@@ -412,15 +411,15 @@ def termination_fn(task, data, args):
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":
             return (next_obs[:, :2] - goal.to(next_obs.device)).norm(dim=-1) <= 0.5
-        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never end
+        return torch.zeros_like(finite)  # halfcheetah, maze2d and unknown environments never terminate
 
     check_ends(terminates, domain, data)
     return terminates
 
 
 def row_sampler(rows, returns=None):
-    """Returns a function: size -> that many of `rows` (N, ...), with replacement; uniform, or in proportion to how far
-    the return of their trajectory, `returns` (N,), exceeds the worst (wenzhe-li/romi, dataset_processor.py)."""
+    """Returns a function: size -> that many of `rows` (N, ...), sampled with replacement, uniformly or in proportion to
+    their trajectory's return, `returns` (N,), above the worst (wenzhe-li/romi, dataset_processor.py)."""
     device, n = rows.device, len(rows)
     if returns is None or returns.max() == returns.min():
         return lambda size: rows[torch.randint(n, (size,), device=device)]
@@ -428,17 +427,17 @@ def row_sampler(rows, returns=None):
 
     def sample(size):
         u = torch.rand(size, dtype=cdf.dtype, device=device) * cdf[-1]
-        return rows[torch.searchsorted(cdf, u, right=True).clamp_(max=n - 1)]  # right: no u leads to a weight of 0
+        return rows[torch.searchsorted(cdf, u, right=True).clamp_(max=n - 1)]  # right: never a row of weight 0
 
     return sample
 
 
 @torch.no_grad()
 def imagine(starts, dynamics, rollout_policy, terminates, args):
-    """Reverse rollouts until the buffer is full (ROMI Alg. 1, l. 10-14); starts: size -> states of the data (size, O).
-    Returns rows (M, 2 O + A + 2), and up to 500 chains to look at: h lists [obs, act, next_obs], as imagined."""
+    """Reverse rollouts until the buffer is full (ROMI Alg. 1, l. 10-14); starts: size -> data states (size, O).
+    Returns rows (M, 2 O + A + 2), and up to 500 chains for inspection: h lists [obs, act, next_obs], as imagined."""
     M = args.model_buffer_size
-    num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # whole chains in a small buffer, too
+    num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # a small buffer gets whole chains, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")
     while filled < M:  # l. 11
         cond = starts(num_starts)  # target states s_t+1, l. 12
@@ -446,15 +445,15 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
             act = rollout_policy(cond)  # a_t ~ G(.|s_t+1), l. 13
             pred, rew = dynamics.sample(cond, act)  # s_t, r_t ~ p(.|s_t+1, a_t), l. 13
             obs, next_obs = pred, cond
-            terminated = terminates(obs, act, next_obs)  # judged at next_obs, the given state
+            terminated = terminates(obs, act, next_obs)  # next_obs is the given state
             rows = pack(obs, act, rew, next_obs, terminated)[: M - filled]
             buffer = rows.new_empty(M, rows.shape[1]) if buffer is None else buffer
             buffer[filled : filled + len(rows)] = rows  # l. 14
             filled += len(rows)
-            if len(chains) < args.horizon:  # the first rollout; a chain that ends is left out of earlier steps, too
+            if len(chains) < args.horizon:  # the first batch; a chain that ends is dropped from earlier steps, too
                 n = len(chains[0][0]) if chains else min(500, len(rows))
                 chains = [[x[:n][~terminated[:n]] for x in step] for step in (*chains, (obs, act, next_obs))]
-            cond = pred[~terminated]  # one step back in time; as in the code, not from a row whose s' is terminal
+            cond = pred[~terminated]  # one step back in time; as in the code, none if s' is terminal
         bar.update(filled - bar.n)
     bar.close()
     return buffer, chains
@@ -514,7 +513,7 @@ class BCQ:
 
     def update(self, obs, act, rew, next_obs, terminated):
         """Generator, Q functions, perturbation, targets, in this order; returns metrics."""
-        with self.autocast():  # one context a loss: autocast caches bfloat16 weights, which a step makes stale
+        with self.autocast():  # one context per loss: autocast caches bfloat16 weights, which a step makes stale
             vae_loss = self.vae_loss(obs, act)
         descend(self.vae_opt, vae_loss)
         with self.autocast():
@@ -531,7 +530,7 @@ class BCQ:
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) -> the best of many generated actions by Q_1, (B, A), on the CPU"""
+        """The generated action with the largest Q_1: obs (B, O) -> (B, A), on the CPU"""
         B, N = len(obs), self.args.eval_samples
         rep = obs.to(self.device).repeat_interleave(N, 0)  # (B N, O)
         acts = self.perturb(rep, self.vae.sample(rep))  # (B N, A)
@@ -539,18 +538,18 @@ class BCQ:
         return acts.view(B, N, -1)[torch.arange(B, device=self.device), best].cpu()
 
 
-# --- settings and run folder: bookkeeping until main() ---
+# --- settings and run folder: bookkeeping up to main() ---
 
-# Flags that change no update: a run may be carried on with other values of them.
+# Flags that do not affect training, so a run may be resumed with other values.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "total_updates", "track", "device", "dataset"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "dynamics_from"}
-# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
+# Flags that determine a model, besides data and direction: --dynamics-from needs them to be equal.
 MODEL_FLAGS = {"seed", "ensemble_size", "num_elites", "dynamics_hidden", "dynamics_bf16", "dynamics_lr", "holdout_max"}
 MODEL_FLAGS |= {"dynamics_batch_size", "dynamics_weight_decay", "dynamics_patience", "holdout_ratio"}
 
 
 def resolve(args, task):
-    """The arguments with the task's settings where the user left None; UserError for what cannot work."""
+    """Fills in the task's settings where the user left None; UserError for settings that cannot work."""
     horizon, ratio, policy, priority = SETTINGS[max((k for k in SETTINGS if task.name.startswith(k)), key=len)]
     tuned = {"horizon": horizon, "model_ratio": ratio, "rollout_policy": policy}
     tuned |= {"priority_rollout": priority, "priority_policy": priority}
@@ -562,10 +561,10 @@ def resolve(args, task):
 
 
 class Run:
-    """The run's folder: settings, log, a checkpoint per phase of training, result. The same command resumes it."""
+    """The run's folder: settings, log, a checkpoint per training phase, result. The same command resumes it."""
 
     def __init__(self, args, config):
-        """Take up the folder, or make it; UserError if it holds another run. `finished`: nothing is left to do."""
+        """Open or create the folder; UserError if it holds another run. `finished`: nothing is left to do."""
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
@@ -579,8 +578,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
-        before the first, and saved to <phase>.pt every `every` steps and after the last."""
+        """Yields the remaining step numbers. `parts` (objects with a state dict) and random states are restored before
+        the first step, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -602,7 +601,7 @@ class Run:
                     plumbing.save(path, parts, facts | {"log_bytes": self.metrics.tell()})
 
     def log(self, update, metrics):
-        """A line of metrics.jsonl; tensors become floats here alone. A loss that is not finite ends the run."""
+        """Adds a line to metrics.jsonl; only here do tensors become floats. A loss that is not finite ends the run."""
         row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         losses = {k.removeprefix("losses/"): v for k, v in row.items() if k.startswith("losses/")}
         if bad := [k for k, v in losses.items() if not math.isfinite(v)]:
@@ -638,7 +637,7 @@ def main(args):
     obs_dim, act_dim, returns = data.obs.shape[1], data.act.shape[1], data.trajectory_returns()
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
     draw_real = row_sampler(rows, returns if args.priority_policy else None)
-    if num_model:  # every phase has a seed of its own: a resumed run imagines the same rows again
+    if num_model:  # each phase has its own seed, so a resumed run imagines the same rows again
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
         cond, pred = next_obs, obs  # backwards
         torch.manual_seed(4 * args.seed)
@@ -650,7 +649,7 @@ def main(args):
         imagined, chains = imagine(starts, dynamics, rollout_policy, terminates, args)  # l. 10-14
         draw_imagined = row_sampler(imagined)  # from D_model
 
-    torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
+    torch.manual_seed(4 * args.seed + 3)  # the learner starts from the same networks with and without a model
     agent = BCQ(obs_dim, act_dim, args, device)
     for step in run.steps("agent", args.total_updates, args.checkpoint_every, **agent.parts):
         if num_model and step == 1:  # here, so that a resumed run does not log it again

@@ -1,7 +1,7 @@
 """SRA-AWAC: offline imitation with self-paced reverse augmentation, AWAC as the learner.
 
-There are no rewards: a few expert trajectories D^E say what is good, a large data set D^S what is possible.
-Papers: Shao et al. 2024, arXiv:2406.12550 (SRA; lines and equations are those of the authors' KDD slides); Nair
+No rewards: a few expert trajectories D^E show what to do, a large supplementary dataset D^S what is possible.
+Papers: Shao et al. 2024, arXiv:2406.12550 (SRA; lines and equations: the authors' KDD slides); Nair
 et al. 2020, arXiv:2006.09359 (AWAC); Wang et al. 2021, arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024, of the
 learner tinkoff-ai/CORL (awac.py).
 
@@ -18,16 +18,16 @@ learner tinkoff-ai/CORL (awac.py).
     python algorithms/sra_awac.py --env maze2d-umaze
     python algorithms/sra_awac.py --env maze2d-umaze --model-ratio 0     # UDS + AWAC + BC, the control
 
-Half of a batch is expert rows; of the other half a share eta is D^R (30 % of it from the last round), the rest D^S.
-Where slides and code disagree we follow the code: T by squared error (slides: likelihood), c a quantile of Conf on D^E
-(slides: its mean), 90 % of the start states from D^E, every imagined step resampled and going back from kept states.
-With this learner SRA stands in Table 4 of the slides, settings and source are unpublished. What is not the learner is
-that of sra_iql.py, with its differences from the code. Of the learner this is ours:
-  1. The policy's deviation depends on the state: CORL's has one for all, and Conf would be the same in all of them.
-  2. lambda is CORL's of the task, tuned for other rewards than these labels, 0 or 1. 2 hidden layers, CORL has 3.
-  3. CORL's AWAC has no weight decay, that of Nair et al. 1e-4 on the policy; here it is IQL's. The loss of Q is the
-     mean of both errors, CORL's the sum.
-  4. Labels are 0 or 1, so Q is at most 1 / (1 - gamma): q/largest and q/largest_target show whether it stays there.
+Half of each batch is expert transitions; of the rest a share eta is D^R (30 % from the last round), the others D^S.
+Where slides and code disagree, we follow the code: T by squared error (slides: likelihood), c a quantile of Conf on D^E
+(slides: its mean), 90 % of start states from D^E, each imagined step resampled, the next starting from what is kept.
+Table 4 of the slides has results with this learner; settings and code are unpublished. All but the learner is as in
+sra_iql.py, including its differences from the code. Our choices for the learner:
+  1. The policy's standard deviation depends on the state; with CORL's single one, Conf would be the same everywhere.
+  2. lambda is CORL's for the task, tuned for rewards other than these labels. 2 hidden layers (CORL: 3).
+  3. Weight decay is that of sra_iql.py (CORL: none; Nair et al.: 1e-4 on the policy). The Q loss is the mean of both
+     errors (CORL: their sum).
+  4. Labels are 0 or 1, so Q is at most 1 / (1 - gamma); q/largest and q/largest_target show whether it stays below.
 """
 
 import copy
@@ -44,7 +44,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's own folder, for copies of it
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
 import plumbing
 from plumbing import Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import describe_augmentation, evaluate, load_dataset, load_expert, make_env, pack, parse_task, unpack
@@ -54,18 +54,18 @@ from utils import describe_augmentation, evaluate, load_dataset, load_expert, ma
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "maze2d-umaze"  # D4RL task or Minari id
-    exp_name: Name | None = None  # None: sra_awac; uds_awac without imagined rows
+    exp_name: Name | None = None  # None: sra_awac; uds_awac without model
     seed: Seed = 0
     total_updates: PositiveInt | None = None  # gradient updates of the learner; None: by task
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    num_threads: PositiveInt | None = None  # threads on the CPU; None: all cores
+    num_threads: PositiveInt | None = None  # CPU threads; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
     bf16: bool = False  # bfloat16 in the learner's hidden layers
-    run_dir: str = "runs"  # parent of the run's folder
+    run_dir: str = "runs"  # folder of all runs
     checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
     # --- logging ---
-    track: bool = False  # log to Weights & Biases as well
+    track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "rewind"
     wandb_entity: str | None = None
     wandb_group: str | None = None  # None: task and algorithm
@@ -74,54 +74,54 @@ class Args:
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
     expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
-    expert_trajectories: PositiveInt = 5  # the first so many of them
+    expert_trajectories: PositiveInt = 5  # number of demonstrations used
     eval_every: PositiveInt = 5_000  # updates
-    eval_episodes: Episodes = 30  # per evaluation (antmaze: better 100), greedy; 0: never touch the simulator
+    eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
-    ensemble_size: PositiveInt = 7  # members of the model
-    # widths of the hidden layers
+    ensemble_size: PositiveInt = 7  # ensemble members
+    # hidden layers
     dynamics_layers: Annotated[tuple[PositiveInt, ...], tyro.conf.arg(aliases=["--dynamics-hidden"])] = (1024, 1024)
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as in the code
     dynamics_learning_rate: Positive | None = None  # None: 1e-4 (sgd), 1e-3 (adam)
-    dynamics_clip: Positive = 1.0  # largest norm of a member's gradient
+    dynamics_clip: Positive = 1.0  # maximum gradient norm of a member
     dynamics_batch_size: PositiveInt = 256
     dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # a fixed number
-    dynamics_from: str | None = None  # dynamics.pt of another run with the same data, seed and model settings
+    dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
 
     # --- rollout ---
-    horizon: PositiveInt | None = None  # imagined steps per start state (h); None: by task
+    horizon: PositiveInt | None = None  # rollout length (h); None: by task
     model_ratio: Share | None = None  # share of imagined rows in a batch's second half (eta); 0: UDS; None: by task
-    rollout_policy: Literal["cvae", "uniform"] | None = None  # which actions are imagined; None: by task
+    rollout_policy: Literal["cvae", "uniform"] | None = None  # source of imagined actions; None: by task
     warmup: NonNegativeInt | None = None  # updates before the first round of augmentation; None: by task
-    rollout_every: PositiveInt = 50_000  # updates from one round of rollouts to the next
-    augmented_rows: Annotated[PositiveInt, tyro.conf.arg(aliases=["--model-buffer-size"])] = 4_000_000  # of all rounds
-    rollout_rows: PositiveInt | None = None  # imagined rows of one round; None: an equal share of --augmented-rows
-    rollout_batch_size: PositiveInt = 2_000  # start states per call of the model
-    oversampling: PositiveInt = 2  # imagined transitions for each one that is kept
+    rollout_every: PositiveInt = 50_000  # updates between rounds of rollouts
+    augmented_rows: Annotated[PositiveInt, tyro.conf.arg(aliases=["--model-buffer-size"])] = 4_000_000  # in all rounds
+    rollout_rows: PositiveInt | None = None  # imagined rows per round; None: --augmented-rows divided by the rounds
+    rollout_batch_size: PositiveInt = 2_000  # start states per model call
+    oversampling: PositiveInt = 2  # imagined transitions per one that is kept
     threshold: Literal["quantile", "mean"] = "quantile"  # of Conf on expert states: other states above it are goals
     threshold_quantile: Share = 0.8
-    goal_cap: PositiveInt = 10  # at most so many such states for every expert state, the surest; not with the mean
-    expert_starts: Share = 0.9  # share of the rollouts that start at expert states
-    new_ratio: Share = 0.3  # share of the last round in imagined rows, and in start states that are not the expert's
-    rollout_policy_updates: PositiveInt = 200_000  # of a learnt rollout policy
+    goal_cap: PositiveInt = 10  # at most this many such states per expert state, the most confident; not with the mean
+    expert_starts: Share = 0.9  # share of rollouts that start at expert states
+    new_ratio: Share = 0.3  # share of the last round in imagined rows, and in start states other than the expert's
+    rollout_policy_updates: PositiveInt = 200_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # rollout policy: weight of the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # rollout policy: sampled latents are clipped; paper: inf
+    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
 
     # --- learner ---
-    batch_size: PositiveInt = 512  # real and imagined rows together
+    batch_size: PositiveInt = 512  # real and imagined transitions together
     gamma: Share = 0.99  # discount
-    tau: Share = 0.005  # rate of the target networks
-    hidden: tuple[PositiveInt, ...] = (256, 256)  # widths of the hidden layers of policy and Q functions
-    learning_rate: Positive | None = None  # of all networks of the learner; None: by task
-    learning_rate_drop: NonNegativeInt | None = None  # updates after which it falls to a tenth; 0: never; None: by task
+    tau: Share = 0.005  # target network update rate
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layers of policy and Q functions
+    learning_rate: Positive | None = None  # of all learner networks; None: by task
+    learning_rate_drop: NonNegativeInt | None = None  # updates after which it drops to a tenth; 0: never; None: by task
     cosine_updates: NonNegativeInt = 500_000  # in which a cosine takes the policy's rate to 0; 0: constant
-    weight_decay: NonNegative = 5e-3  # Adam's own, which adds it to the gradient, of all weights and biases
-    bc_weight: NonNegative = 1.0  # of the cloning of expert rows; 0: none, the plain learner
+    weight_decay: NonNegative = 5e-3  # Adam's, added to the gradient, on all weights and biases
+    bc_weight: NonNegative = 1.0  # of cloning the experts; 0: the plain learner
     temperature: Positive | None = None  # of the advantage weights (lambda); None: by task
 
 
@@ -143,7 +143,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """In float32 under autocast, too: bfloat16 resolves 9 m to 0.06, and Q = 100 to 0.5."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -151,7 +151,7 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(*sizes):
-    """ReLU network; its first and last layers stay in float32."""
+    """ReLU network whose first and last layers stay in float32."""
     linear = [nn.Linear if 0 < i < len(sizes) - 2 else Float32Linear for i in range(len(sizes) - 1)]
     layers = [f(n, m) for f, n, m in zip(linear, sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU(inplace=True))][:-1])
@@ -172,7 +172,7 @@ def squashed_log_prob(mean, log_std, act):
 
 
 class Normalizer(nn.Module):
-    """States with mean 0 and standard deviation 1 (plus 1e-3) over all data: all but the environment sees these."""
+    """Normalises states to mean 0 and standard deviation 1 (+ 1e-3) over all data, for everything but the simulator."""
 
     def __init__(self, obs):
         super().__init__()
@@ -197,7 +197,7 @@ class ClampedPolicy(nn.Module):
     def forward(self, obs):
         """obs (B, O) -> mean and log standard deviation before the tanh, (B, A) each"""
         mean, log_std = self.net(obs).chunk(2, -1)
-        return mean.clamp(-9, 9), log_std.clamp(-5, 2)  # the clamp of the mean bounds the confidence
+        return mean.clamp(-9, 9), log_std.clamp(-5, 2)  # clamping the mean bounds the confidence
 
     @torch.no_grad()
     def log_confidence(self, obs):
@@ -217,7 +217,7 @@ class QFunctions(nn.Module):
     def forward(self, obs, act):
         """obs (..., O), act (..., A) -> (2, ...)"""
         x = torch.cat([obs, act], -1)
-        rows = x.flatten(0, -2)  # a matrix: on more dimensions autograd would copy at every in-place ReLU
+        rows = x.flatten(0, -2)  # 2-D: with more dimensions autograd copies at every in-place ReLU
         return torch.stack([self.q1(rows), self.q2(rows)]).view(2, *x.shape[:-1])
 
 
@@ -248,7 +248,7 @@ class ConditionalVAE(nn.Module):
 
 
 def descend(opt, loss):
-    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
     opt.zero_grad()
     loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
     opt.step()
@@ -258,7 +258,7 @@ def descend(opt, loss):
 
 
 class ReverseDynamics(nn.Module):
-    """s = T(s', a): E networks that predict s - s', each on its own; the model is their mean."""
+    """s = T(s', a): the mean of E networks that predict s - s'."""
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
@@ -267,7 +267,7 @@ class ReverseDynamics(nn.Module):
         for n, m in zip(sizes, sizes[1:], strict=False):  # PyTorch's default initialisation
             self.weight.append(torch.empty(args.ensemble_size, n, m).uniform_(-(n**-0.5), n**-0.5))
             self.bias.append(torch.empty(args.ensemble_size, 1, m).uniform_(-(n**-0.5), n**-0.5))
-        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the training rows, over an epoch
+        self.register_buffer("best_mse", torch.full((args.ensemble_size,), 1e38))  # on the training rows of an epoch
 
     def forward(self, x):
         """x (E, B, O+A) -> s - s', (E, B, O)"""
@@ -281,7 +281,7 @@ class ReverseDynamics(nn.Module):
         return x
 
     def loss(self, x, target):
-        """Squared error of each member, a mean over rows and dimensions: (E,)"""
+        """Mean squared error of each member over rows and dimensions: (E,)"""
         return (self(x) - target).square().mean((1, 2))
 
     @torch.no_grad()
@@ -292,7 +292,7 @@ class ReverseDynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse):
-        """Take over the members of `current` whose error, mse (E,), is below their best."""
+        """Copy members of `current` whose error, mse (E,), is their lowest so far."""
         improved = mse < self.best_mse
         for kept, p in zip(self.parameters(), current.parameters(), strict=True):
             kept[improved] = p[improved]
@@ -306,7 +306,7 @@ class ReverseDynamics(nn.Module):
 
 
 def clip_member_gradients(parameters, largest):
-    """Scale the gradient of each member (first axis of every tensor) down to the given norm."""
+    """Clip the gradient norm of each member (first axis of every tensor)."""
     norm = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)  # (E,)
     scale = (largest / (norm + 1e-6)).clamp(max=1)[:, None, None]
     for p in parameters:
@@ -314,15 +314,15 @@ def clip_member_gradients(parameters, largest):
 
 
 def train_reverse_dynamics(obs, act, next_obs, args, run):
-    """Squared error on all rows, for a given number of epochs; there is no holdout."""
+    """Squared error on all rows, for a given number of epochs, without holdout."""
     device, E, N = obs.device, args.ensemble_size, len(obs)
     current = ReverseDynamics(obs.shape[1], act.shape[1], args).to(device)
-    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics`: every member as in its best epoch
+    dynamics, opt = copy.deepcopy(current), current.optimizer()  # `dynamics` keeps each member's best epoch
     x, y = torch.cat([next_obs, act], -1), obs - next_obs
     some = torch.linspace(0, N - 1, min(N, 20_000), device=device).long()
     loss_fn = torch.compile(current.loss) if args.compile else current.loss
     for epoch in run.steps("dynamics", args.dynamics_epochs, 1, dynamics=dynamics, current=current, opt=opt):
-        rows = torch.stack([torch.randperm(N, device=device) for _ in range(E)])  # (E, N): for each member a new order
+        rows = torch.stack([torch.randperm(N, device=device) for _ in range(E)])  # (E, N): a new order per member
         total = torch.zeros(E, device=device)
         for idx in plumbing.bar(rows.split(args.dynamics_batch_size, 1), f"epoch {epoch}"):  # (E, B)
             loss = loss_fn(x[idx], y[idx])  # (E,)
@@ -345,7 +345,7 @@ def train_reverse_dynamics(obs, act, next_obs, args, run):
 
 
 def train_reverse_policy(next_obs, act, args, run):
-    """Uniform, or CVAE on the data (SRA Alg. 1, l. 4-6). Returns a function: next_obs (B, O) -> act (B, A)."""
+    """Uniform, or a CVAE trained on the data (SRA Alg. 1, l. 4-6). Returns next_obs (B, O) -> act (B, A)."""
     obs_dim, act_dim = next_obs.shape[1], act.shape[1]
     if args.rollout_policy == "uniform":
         return lambda next_obs: 2 * torch.rand(len(next_obs), act_dim, device=next_obs.device) - 1
@@ -363,13 +363,13 @@ def train_reverse_policy(next_obs, act, args, run):
 
 
 def draw(rows, size):
-    """So many of `rows`, uniformly, with replacement."""
+    """`size` of `rows`, sampled uniformly with replacement."""
     return rows[torch.randint(len(rows), (size,), device=rows.device)]
 
 
 def confident_states(policy, expert, supplementary, args):
-    """Goals beside the expert states (N, O): supplementary states (M, O) where the policy is surer than on most expert
-    states, or with the mean than on average; and the threshold of log Conf (SRA Eq. 4)."""
+    """Goals other than the expert states (N, O): supplementary states (M, O) where Conf exceeds its quantile, or its
+    mean, over expert states; and that threshold, as log Conf (SRA Eq. 4)."""
     on_expert, log_conf = policy.log_confidence(expert), policy.log_confidence(supplementary)
     if args.threshold == "mean":  # of Conf, not of its logarithm
         threshold = on_expert.logsumexp(0) - math.log(len(expert))
@@ -382,7 +382,7 @@ def confident_states(policy, expert, supplementary, args):
 
 
 def start_states(size, expert, older, new, args):
-    """Where a round goes back from, (size, O): expert states, earlier rounds' goals and this one's, in exact shares."""
+    """Start states of a round, (size, O): expert states, earlier goals and this round's, in exact shares."""
     rest = size - round(args.expert_starts * size) if len(older) + len(new) else 0
     num_new = 0 if not len(new) else rest if not len(older) else round(args.new_ratio * rest)
     draws = ((expert, size - rest), (older, rest - num_new), (new, num_new))
@@ -390,16 +390,16 @@ def start_states(size, expert, older, new, args):
 
 
 def resample(log_conf, size):
-    """Indices of `size` states, drawn without replacement, weights 1 / (Conf + 1e-5): (N,) -> (size,) (SRA Eq. 5)"""
+    """Indices of `size` states sampled without replacement, weights 1 / (Conf + 1e-5): (N,) -> (size,) (SRA Eq. 5)"""
     log_weight = -torch.logaddexp(log_conf, torch.full_like(log_conf, math.log(1e-5)))
-    gumbel = -torch.empty_like(log_weight).exponential_().log()  # Gumbel top-k: weighted draws without replacement
+    gumbel = -torch.empty_like(log_weight).exponential_().log()  # Gumbel top-k: weighted sampling without replacement
     return (log_weight + gumbel).topk(size).indices
 
 
 @torch.no_grad()
 def augment(starts, policy, reverse_dynamics, reverse_policy, args):
-    """A round of reverse rollouts (SRA Alg. 1, l. 9, 10), one step back after the other; starts: n -> states (n, O).
-    Returns rows (h (S // h), 2 O + A + 2), S = rollout_rows, and what to log."""
+    """A round of reverse rollouts (SRA Alg. 1, l. 9, 10); starts: n -> states (n, O).
+    Returns rows (h (S // h), 2 O + A + 2), S = rollout_rows, and metrics."""
     size, kept_rows, confidence = args.rollout_rows // args.horizon, [], []
     for _ in range(args.horizon):
         next_obs = starts(args.oversampling * size)
@@ -407,26 +407,26 @@ def augment(starts, policy, reverse_dynamics, reverse_policy, args):
         obs = reverse_dynamics.predict(next_obs, act)  # Eq. 2
         log_conf = policy.log_confidence(obs)
         kept = resample(log_conf, size)  # l. 10
-        zeros = torch.zeros(size, device=obs.device)  # reward 0, no end
+        zeros = torch.zeros(size, device=obs.device)  # reward 0, not terminal
         kept_rows.append(pack(obs[kept], act[kept], zeros, next_obs[kept], zeros))
         confidence.append(torch.stack([log_conf.mean(), log_conf[kept].mean()]))
-        starts = partial(draw, obs[kept])  # the next step goes back from kept states
+        starts = partial(draw, obs[kept])  # the next step back starts from what is kept
     means = torch.stack(confidence).mean(0)
     return torch.cat(kept_rows), {"model/log_confidence_imagined": means[0], "model/log_confidence_kept": means[1]}
 
 
 class AugmentedData:
-    """D^R, round by round (SRA Alg. 1, l. 8-10). Its state holds the policies of the rounds and not their rows: a round
-    has a seed of its own, so a resumed run imagines the same rows again."""
+    """D^R: the rounds of augmentation (SRA Alg. 1, l. 8-10). Its state dict holds policies instead of rows: each round
+    has its own seed, so a resumed run imagines the same rows again."""
 
     def __init__(self, expert, supplementary, policy, reverse_dynamics, reverse_policy, args):
-        """expert (N, O), supplementary (M, O): states; policy: takes the weights of each round"""
+        """expert (N, O), supplementary (M, O): states; policy: gets the weights of each round"""
         self.expert, self.supplementary, self.policy, self.args = expert, supplementary, policy, args
         self.models = reverse_dynamics, reverse_policy
         self.rounds, self.goals, self.older, self.new = [], expert[:0], None, None
 
     def add(self, step, weights):
-        """A round after so many updates, with the policy of these weights, a state dict; what to log."""
+        """Adds a round after `step` updates, with the policy of these weights (a state dict); returns metrics."""
         self.policy.load_state_dict(weights)
         with torch.random.fork_rng():
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + len(self.rounds))
@@ -441,7 +441,7 @@ class AugmentedData:
         return stats | {"model/goals": len(goals), "model/log_confidence_threshold": threshold}
 
     def __call__(self, size):
-        """Rows of the last round and of the rounds before it, in exact shares."""
+        """Rows of the last round and of earlier ones, in exact shares."""
         num_new = size if self.older is None else round(self.args.new_ratio * size)
         draws = ((self.new, num_new), (self.older, size - num_new))
         return torch.cat([draw(rows, n) for rows, n in draws if n])
@@ -459,20 +459,20 @@ class AugmentedData:
 
 
 def usable(data):
-    """Rows with a known successor, (N,) bool, but for terminal ones, which the code drops, too: nothing ends in SRA."""
+    """(N,) bool: rows with a known successor, but no terminal ones, as in the code: nothing terminates in SRA."""
     return data.has_next & (data.terminated == 0)
 
 
 def labelled(data, reward, normalizer, device):
-    """Rows of D^E (reward 1) or D^S (reward 0), states normalised; the data's own rewards do not count (UDS)."""
+    """Rows of D^E (reward 1) or D^S (reward 0), states normalised; the data's rewards are ignored (UDS)."""
     obs, act, next_obs = (x[usable(data)].to(device) for x in (data.obs, data.act, data.next_obs))
     rew, terminated = torch.full_like(obs[:, 0], reward), torch.zeros_like(obs[:, 0])
     return pack(normalizer(obs), act, rew, normalizer(next_obs), terminated)
 
 
 class AWAC:
-    """Advantage-weighted actor-critic and behaviour cloning of the experts (code: CORL, awac.py). The density of the
-    policy `confidence` decides what is imagined."""
+    """Advantage-weighted actor-critic and behaviour cloning of the experts (code: CORL, awac.py). Conf is the density
+    of the policy `confidence`."""
 
     def __init__(self, normalizer, obs_dim, act_dim, args, device):
         self.args, self.device, self.normalizer = args, device, normalizer
@@ -501,7 +501,7 @@ class AWAC:
         return (q - target_q).square().mean(), stats
 
     def policy_loss(self, obs, act):
-        """Cloning of the expert rows, the first half, and of all rows weighted by the advantage over a sample of pi."""
+        """Clones the expert rows (the first half), and all rows weighted by their advantage over a sample of pi."""
         mean, log_std = self.policy(obs)
         with torch.no_grad():
             pi_act, _ = squash(mean, log_std, torch.randn_like(mean))
@@ -513,7 +513,7 @@ class AWAC:
         return loss, {"losses/clone": clone.detach(), "q/weight": weight.mean()}
 
     def set_rates(self, step):
-        """The policy's rate follows a cosine, times 0.1 after the drop. Q's is constant; after the drop it stays at a
+        """The policy's rate follows a cosine, times 0.1 after the drop. Q's is constant; from the drop on it is a
         tenth of the cosine's value at the drop."""
         full, end, drop = self.args.learning_rate, self.args.cosine_updates, self.args.learning_rate_drop
         cosine, at_drop = (0.5 * (1 + math.cos(math.pi * min(1, t / end))) if end else 1.0 for t in (step - 1, drop))
@@ -537,22 +537,22 @@ class AWAC:
 
     @torch.no_grad()
     def act(self, obs):
-        """obs (B, O) as the environment shows them -> deterministic actions (B, A), on the CPU"""
+        """obs (B, O), not normalised -> deterministic actions (B, A), on the CPU"""
         return self.policy(self.normalizer(obs.to(self.device)))[0].tanh().cpu()
 
 
-# --- settings and run folder: bookkeeping until main() ---
+# --- settings and run folder: bookkeeping up to main() ---
 
-# Flags that change no update: a run may be carried on with other values of them. Rates depend on --total-updates.
+# Flags that do not affect training, so a run may be resumed with other values. Rates depend on --total-updates.
 BOOKKEEPING = {"run_dir", "checkpoint_every", "log_every", "num_threads", "track", "device", "dataset", "dynamics_from"}
 BOOKKEEPING |= {"wandb_project_name", "wandb_entity", "wandb_group", "expert_dataset"}
-# Flags that determine a model, besides data and direction: --dynamics-from refuses one for which they differ.
+# Flags that determine a model, besides data and direction: --dynamics-from needs them to be equal.
 MODEL_FLAGS = {"seed", "ensemble_size", "dynamics_layers", "dynamics_bf16", "dynamics_optimizer", "dynamics_clip"}
 MODEL_FLAGS |= {"dynamics_learning_rate", "dynamics_batch_size"}
 
 
 def resolve(args, task):
-    """The arguments with the task's settings where the user left None; UserError for what cannot work."""
+    """Fills in the task's settings where the user left None; UserError for settings that cannot work."""
     key = max((k for k in SETTINGS if task.name.startswith(k)), key=len)
     updates, rate, ratio, horizon, policy, warmup, temperature = SETTINGS[key]
     tuned = {"total_updates": updates, "learning_rate": rate, "horizon": horizon, "rollout_policy": policy}
@@ -579,10 +579,10 @@ def resolve(args, task):
 
 
 class Run:
-    """The run's folder: settings, log, a checkpoint per phase of training, result. The same command resumes it."""
+    """The run's folder: settings, log, a checkpoint per training phase, result. The same command resumes it."""
 
     def __init__(self, args, config):
-        """Take up the folder, or make it; UserError if it holds another run. `finished`: nothing is left to do."""
+        """Open or create the folder; UserError if it holds another run. `finished`: nothing is left to do."""
         self.args, self.config, self.folder = args, config, Path(args.run_dir) / config["name"]
         self.states, self.finished = plumbing.read_folder(self.folder, config, BOOKKEEPING, args.total_updates)
         if self.finished:
@@ -596,8 +596,8 @@ class Run:
         print(f"{self.folder}: {'resumed' if self.states else 'new run'}", file=sys.stderr)
 
     def steps(self, phase, total, every, **parts):
-        """Yields the numbers of the remaining steps. `parts`, objects with a state dict, and random states are restored
-        before the first, and saved to <phase>.pt every `every` steps and after the last."""
+        """Yields the remaining step numbers. `parts` (objects with a state dict) and random states are restored before
+        the first step, and saved to <phase>.pt every `every` steps and after the last."""
         path, state, step = self.folder / f"{phase}.pt", self.states.pop(phase, None), 0
         if state is None and (other := getattr(self.args, f"{phase}_from", None)):
             state = plumbing.read_other_run(Path(other), phase, self.config)
@@ -619,7 +619,7 @@ class Run:
                     plumbing.save(path, parts, facts | {"log_bytes": self.metrics.tell()})
 
     def log(self, update, metrics):
-        """A line of metrics.jsonl; tensors become floats here alone. A loss that is not finite ends the run."""
+        """Adds a line to metrics.jsonl; only here do tensors become floats. A loss that is not finite ends the run."""
         row = {"update": update} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         losses = {k.removeprefix("losses/"): v for k, v in row.items() if k.startswith("losses/")}
         if bad := [k for k, v in losses.items() if not math.isfinite(v)]:
@@ -660,7 +660,7 @@ def main(args):
     expert_rows, rows = labelled(expert, 1.0, normalizer, device), labelled(data, 0.0, normalizer, device)
     augmenting = args.model_ratio > 0 and args.warmup < args.total_updates
 
-    if augmenting:  # every phase has a seed of its own: a resumed run imagines the same rows again
+    if augmenting:  # each phase has its own seed, so a resumed run imagines the same rows again
         obs, act, _, next_obs, _ = unpack(torch.cat([expert_rows, rows]), obs_dim, act_dim)
         torch.manual_seed(4 * args.seed)
         dynamics = train_reverse_dynamics(obs, act, next_obs, args, run)  # SRA Alg. 1, l. 1-3
@@ -670,7 +670,7 @@ def main(args):
         states = expert_rows[:, :obs_dim], rows[:, :obs_dim]
         imagined = AugmentedData(*states, policy, dynamics, reverse_policy, args)
 
-    torch.manual_seed(4 * args.seed + 3)  # with and without imagined rows the learner starts from the same networks
+    torch.manual_seed(4 * args.seed + 3)  # the learner starts from the same networks with and without a model
     agent = AWAC(normalizer, obs_dim, act_dim, args, device)
     parts = agent.parts | ({"imagined": imagined} if augmenting else {})
     for step in run.steps("agent", args.total_updates, args.checkpoint_every, **parts):  # l. 7
