@@ -1,4 +1,4 @@
-"""What every script needs and no paper has an opinion about: command line, errors, files, W&B."""
+"""What every script needs besides its method: command line, errors, files, W&B."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-for _name in ("stdout", "stderr"):  # closed by the shell: some of the libraries below would not load
+for _name in ("stdout", "stderr"):  # if the shell closed them, some libraries below do not load
     if getattr(sys, _name) is None:
         setattr(sys, _name, open(os.devnull, "w"))
         os.set_inheritable(getattr(sys, _name).fileno(), True)
@@ -50,7 +50,7 @@ Decays = Annotated[tuple[NonNegative, ...], Field(min_length=5, max_length=5)]
 
 
 class UserError(Exception):
-    """Something the user can mend; `status` is the exit status (2: bad input, 3: the run diverged)."""
+    """An error that the user can fix; `status` is the exit status (2: bad input, 3: the run diverged)."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -61,7 +61,7 @@ class UserError(Exception):
 
 
 def run_script(main, args_class, doc):
-    """Parse the command line and run main(args). Whatever user, operating system or signals do ends in one line."""
+    """Parse the command line and run main(args). User errors, system errors and signals end in one line."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
@@ -86,16 +86,16 @@ def run_script(main, args_class, doc):
         if not known and not any(word in str(e).lower() for word in ("alloc", "overflow")):
             raise
         status, error = 2, f"out of memory{largest_size(args)}"
-    with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+    with contextlib.suppress(OSError):  # a broken pipe
         if error:
-            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on a line of its own
+            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # below the progress bar
         elif status:
-            tqdm.write("interrupted; the same command goes on", file=sys.stderr)
+            tqdm.write("interrupted; repeat the command to resume", file=sys.stderr)
     sys.exit(status)
 
 
 def show_help(args_class, doc):
-    """Flags in the groups of `Args`, with defaults and comments, and what SETTINGS says of tasks."""
+    """Flags in the groups of `Args`, with defaults and comments, and the SETTINGS of all tasks."""
     print(doc.split("\n")[0], "Equations and symbols: the docstring of the file.")
     for line in inspect.getsource(args_class).splitlines():
         if group := re.match(r"    # --- (.+) ---", line):
@@ -112,18 +112,18 @@ def show_help(args_class, doc):
 
 
 def largest_size(args):
-    """Words on the flag, with its value, that asks for most memory."""
+    """Names the largest size among the flags, the likely cause."""
     sizes, no_size = {}, ("seed", "updates", "every", "epochs", "horizon", "warmup")
     for name, value in asdict(args).items():
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
         if numbers and not any(word in name for word in no_size):
             sizes[name] = max(numbers)
     name = max(sizes, key=sizes.get, default="")
-    return f"; --{name.replace('_', '-')} {sizes[name]} is the largest size asked for" if name else ""
+    return f"; --{name.replace('_', '-')} {sizes[name]} is the largest size requested" if name else ""
 
 
 def validate(args):
-    """The arguments, checked against the ranges in their types; UserError names the first flag out of range."""
+    """Checks the arguments against the ranges in their types; UserError names the first flag out of range."""
     if getattr(args, "num_elites", 0) > getattr(args, "ensemble_size", 0):
         raise UserError(f"--num-elites {args.num_elites}: the model has {args.ensemble_size} members (--ensemble-size)")
     try:
@@ -139,18 +139,18 @@ def start(args):
     """Threads, memory, seeds of Python and NumPy (torch's: main); returns the torch.device to train on."""
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if args.device != "auto" and not have[args.device]:
-        raise UserError(f"--device {args.device}: there is none here; use --device auto")
-    # The moments of dead units decay into denormal numbers, on which a CPU is 20 times slower; Adam takes 5 times as
-    # long. Flushed they change no weight. Only threads that start after this call flush them.
+        raise UserError(f"--device {args.device}: is not available; use --device auto")
+    # Adam's moments of dead units decay to denormal numbers, which make its step 5 times slower on a CPU. Flushing them
+    # to zero changes no weight. It applies only to threads that start after this call.
     torch.set_flush_denormal(True)
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
     if args.compile:
-        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        torch._inductor.config.fallback_random = True  # same random numbers as eager mode
     if platform.libc_ver()[0] == "glibc":
-        # It returns freed blocks to the system and faults them in again at the next update, up to a third of its time;
-        # and while it adjusts its thresholds itself, long runs grow by gigabytes. Fixed thresholds cure both.
+        # By default malloc returns freed blocks to the system and faults them in again at the next update, which takes
+        # up to a third of its time, and long runs grow by gigabytes. Fixed thresholds prevent both.
         M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -165,18 +165,18 @@ def compile_methods(agent, *names):
 
 
 def progress(total, desc, unit, initial=0):
-    """Progress bar; a log file gets a line every 30 s."""
+    """Progress bar; in a log file, one line every 30 s."""
     slow = 0.5 if sys.stderr.isatty() else 30
     return tqdm(total=total, initial=initial, desc=desc, unit=unit, mininterval=slow)
 
 
 def bar(iterable, desc):
-    """A progress bar that leaves no trace: of the batches within an epoch."""
+    """Progress bar of the batches in an epoch; disappears when done."""
     return tqdm(iterable, desc, unit="batch", leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 class Clock:
-    """Seconds worked, wall or CPU time, whichever is less: not those in which the process was stopped or starved."""
+    """Seconds worked: wall or CPU time, whichever is less, so that pauses do not count."""
 
     def __init__(self):
         self.last = time.monotonic(), time.process_time()
@@ -196,8 +196,8 @@ def versions(*modules):
 
 
 def describe_run(script, args, task, data, device, direction, model_flags):
-    """What config.json says: the run's name, every setting, what else a result depends on, and what determines its
-    dynamics model (direction, data, model_flags): another run may take the model if these are equal."""
+    """Content of config.json: the run's name, every setting, what else results depend on, and what determines the
+    dynamics model (direction, data, model_flags); runs that agree in these may share the model."""
     source = {"d4rl": "", "file": f"__{Path(data.path).stem}"}.get(data.source, f"__{data.source}")
     try:
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -214,7 +214,7 @@ def describe_run(script, args, task, data, device, direction, model_flags):
 
 
 def differences(ours, theirs, bookkeeping):
-    """What decides a result and differs between two configs, in words."""
+    """Differences between two configs that affect results, in words."""
     if not isinstance(theirs, dict) or not isinstance(theirs.get("args"), dict):
         return ["settings, which cannot be read"]
     words = []
@@ -228,7 +228,7 @@ def differences(ours, theirs, bookkeeping):
 
 
 def summary(run):
-    """What result.json says; wall_time_s are seconds worked."""
+    """Content of result.json; wall_time_s counts seconds worked."""
     config, args, evals = run.config, run.args, run.evals
     last = evals[-1] if evals else {}
     tail = [e["eval/normalized_score"] for e in evals[-10:] if e.get("eval/normalized_score") is not None]
@@ -243,7 +243,7 @@ def summary(run):
 
 
 def score(evals):
-    """What the progress bar shows of the last evaluation."""
+    """The last score, for the progress bar."""
     last = {k: evals[-1][f"eval/{k}"] for k in ("normalized_score", "return")} if evals else {}
     return dict([(k, v) for k, v in last.items() if v is not None][:1])
 
@@ -252,7 +252,7 @@ def score(evals):
 
 
 def write_file(path, content):
-    """Write bytes or text so that neither a kill nor a power cut leaves half a file under its name."""
+    """Write bytes or text atomically: neither a kill nor a power cut leaves half a file."""
     part = path.with_name(f"{path.name}.part")
     try:
         with open(part, "wb") as f:
@@ -278,8 +278,8 @@ def file_sha256(path):
 
 
 def write_hdf5(path, arrays, facts, level=1, attributes=()):
-    """Arrays in an HDF5 file, with the named ones of the facts, which also go into a sheet beside it, .json, written
-    last: its presence means "done". A file is replaced only by one that is complete. level: gzip's."""
+    """Write arrays to an HDF5 file and `facts` to a .json beside it, last, so that its presence means "done"; facts
+    named in `attributes` also become attributes of the HDF5 file. level: gzip's. Replaces files atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -296,68 +296,68 @@ def write_hdf5(path, arrays, facts, level=1, attributes=()):
 
 
 def read_json(path):
-    """A dict; UserError where the file holds anything else."""
+    """The dict in a JSON file; UserError if it holds anything else."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not content:
             raise ValueError("it holds no settings")
     except ValueError as e:
-        raise UserError(f"{path}: is damaged ({e}); restore it, or begin in another folder") from None
+        raise UserError(f"{path}: is damaged ({e}); restore it or start in another folder") from None
     return content
 
 
 def read_checkpoint(path, keys=FACTS):
-    """The dict in a checkpoint, on the CPU; UserError where it is damaged or none of these scripts'."""
+    """The dict in a checkpoint, on the CPU; UserError if it is damaged or not from these scripts."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
             if archive.testzip():
                 raise ValueError("its checksums do not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= set(keys):
-            raise ValueError("it is no checkpoint of these scripts")
-    except Exception as e:  # whatever the bytes of a damaged file lead to
+            raise ValueError("not a checkpoint of these scripts")
+    except Exception as e:  # a damaged file can raise anything
         if isinstance(e, OSError) and e.filename:
             raise
         why = str(e).split("\n")[0][:80]
-        raise UserError(f"{path}: cannot be read ({why}); restore it, or begin in another folder") from None
+        raise UserError(f"{path}: cannot be read ({why}); restore it or start in another folder") from None
     return state
 
 
 def read_folder(folder, config, bookkeeping, total):
-    """Checkpoints by phase, and whether the run in the folder is finished; UserError if it is another run."""
+    """Checkpoints by phase, and whether the run in the folder is finished; UserError if it is a different run."""
     states = {p.stem: read_checkpoint(p) for p in sorted(folder.glob("*.pt"))}
     old, result = folder / "config.json", folder / "result.json"
     theirs = [state["config"] for state in states.values()]
     theirs += [read_json(old)] if old.exists() and (theirs or result.exists()) else []
     if differ := sorted({d for their in theirs for d in differences(config, their, bookkeeping)}):
-        raise UserError(f"{folder} holds a run with another {', '.join(differ)}; give another --run-dir or --exp-name")
-    for phase in config.get("decides", ()):  # refused now, not when the phase begins
+        raise UserError(f"{folder} holds a run with different {', '.join(differ)}; use another --run-dir or --exp-name")
+    for phase in config.get("decides", ()):  # refuse now, not when the phase starts
         if phase not in states and (other := config["args"].get(f"{phase}_from")):
             read_other_run(Path(other), phase, config)
     done = read_json(result) if result.exists() else {}
     if done.get("script", config["script"]) != config["script"]:
-        raise UserError(f"{folder} holds a run of {done['script']}; give another --run-dir or --exp-name")
+        raise UserError(f"{folder} holds a run of {done['script']}; use another --run-dir or --exp-name")
     if "agent" in states and states["agent"]["step"] > total:
-        raise UserError(f"{folder} has {states['agent']['step']} updates already, more than the {total} asked for")
+        raise UserError(f"{folder} has {states['agent']['step']} updates already, more than the requested {total}")
     finished = done.get("updates") == total
     if done and not finished and "agent" not in states:
-        raise UserError(f"{folder} is finished, but without its agent.pt it cannot be carried on")
+        raise UserError(f"{folder} is finished, but cannot be continued without its agent.pt")
     return states, finished
 
 
 def read_other_run(path, phase, config):
-    """Checkpoint of a phase of another run, where everything that decides it is equal."""
+    """A phase's checkpoint from another run, if everything that determines it is equal."""
     if not path.is_file():
         raise UserError(f"--{phase.replace('_', '-')}-from {path}: no such file; give the path of a {phase}.pt")
     state = read_checkpoint(path)
     ours, theirs = (c.get("decides", {}).get(phase, {}) for c in (config, state["config"]))
     if differ := [f"{k} ({theirs.get(k)}, here {v})" for k, v in ours.items() if theirs.get(k) != v]:
-        raise UserError(f"--{phase.replace('_', '-')}-from {path}: was made with another {', '.join(differ)}")
+        raise UserError(f"--{phase.replace('_', '-')}-from {path}: was made with different {', '.join(differ)}")
     return state
 
 
 def save(path, parts, facts):
-    """Checkpoint: state dicts by name, random states, facts. UserError if a weight is not finite; the file stays."""
+    """Save state dicts by name, random states and facts. UserError if a weight is not finite; the old file stays."""
 
     def diverged(x):
         if isinstance(x, torch.Tensor):
@@ -373,19 +373,19 @@ def save(path, parts, facts):
     torch.save(state | facts | {"rng": rng}, buffer)
     write_file(path, buffer.getbuffer())
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what lies free between blocks in use, or long runs creep up
+        ctypes.CDLL(None).malloc_trim(0)  # returns free memory between used blocks, or long runs keep growing
 
 
 def restore(state, parts, total, path):
-    """Put objects and random numbers back as a checkpoint has them; returns its step."""
-    whose = path if path.exists() else f"{path.name} of run {state['config']['name']}"  # that lends it
+    """Restore objects and random states from a checkpoint; returns its step."""
+    whose = path if path.exists() else f"{path.name} of run {state['config']['name']}"  # the other run
     if total is not None and state["step"] > total:
-        raise UserError(f"{whose} has {state['step']} steps already, more than the {total} asked for")
+        raise UserError(f"{whose} has {state['step']} steps already, more than the requested {total}")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (KeyError, ValueError, RuntimeError) as e:
-        raise UserError(f"{whose}: does not fit this script ({str(e)[:80]}); give another --run-dir") from None
+        raise UserError(f"{whose}: does not fit this script ({str(e)[:80]}); use another --run-dir") from None
     torch.set_rng_state(state["rng"][0])
     if len(state["rng"]) > 1 and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng"][1])
@@ -393,8 +393,8 @@ def restore(state, parts, total, path):
 
 
 def open_log(path, size, evals=()):
-    """metrics.jsonl, locked while open and cut to `size`, its bytes at the last checkpoint; later lines will be
-    written again. If the file is shorter than that, it begins with the checkpoint's evaluations."""
+    """Open metrics.jsonl, lock it, and cut it to `size`, its bytes at the last checkpoint; later lines will be written
+    again. A file shorter than that is replaced by the checkpoint's evaluations."""
     log = open(path, "a")
     with contextlib.suppress(ImportError):  # Windows has no fcntl
         import fcntl
@@ -403,25 +403,25 @@ def open_log(path, size, evals=()):
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path.parent}: another process is training in it") from None
-        except OSError:  # a file system without locks
+        except OSError:  # no locks on this file system
             pass
     lost = size - log.tell()
     log.truncate(0 if lost > 0 else size)
     if lost > 0:
-        print(f"note: {path} had lost {lost} bytes; its evaluations are from the checkpoint", file=sys.stderr)
+        print(f"note: {path} had lost {lost} bytes; evaluations restored from the checkpoint", file=sys.stderr)
         for row in evals:
             append(log, row)
     return log
 
 
 def to_json(row, indent=None):
-    """A dict as JSON; NaN and inf become null."""
+    """JSON of a dict; NaN and inf become null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(row, indent=indent, allow_nan=False) + "\n"
 
 
 def append(log, row):
-    """A line of metrics.jsonl; an OSError names the file."""
+    """Append a line to metrics.jsonl; an OSError names the file."""
     try:
         log.write(to_json(row))
         log.flush()
@@ -429,17 +429,17 @@ def append(log, row):
         raise OSError(e.errno, e.strerror, log.name) from None
 
 
-# --- Weights & Biases: whatever happens there, it never stops a run ---
+# --- Weights & Biases: its errors never stop a run ---
 
 
 def start_wandb(args, config, folder):
-    """The W&B run, or None. Without a login or a server it logs offline, for `wandb sync` later."""
+    """The W&B run, or None. Without login or server it logs offline, for `wandb sync` later."""
     try:
         import wandb
 
         login = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     except Exception as e:
-        return print(f"W&B: {type(e).__name__}: {str(e)[:120]}; going on without it", file=sys.stderr)
+        return print(f"W&B: {type(e).__name__}: {str(e)[:120]}; continuing without it", file=sys.stderr)
     task, algorithm = config["name"].split("__")[:2]
     about = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=config["name"], id=config["wandb_id"])
     about |= dict(group=args.wandb_group or f"{task}__{algorithm}", config=config, resume="allow", dir=str(folder))
@@ -457,10 +457,10 @@ def start_wandb(args, config, folder):
 
 
 def to_wandb(run, call):
-    """call(W&B's run), if there is one."""
+    """call(W&B run), if there is one."""
     if run.wandb:
         try:
             call(run.wandb)
         except Exception as e:
-            print(f"W&B: {type(e).__name__}: {str(e)[:120]}; going on without it", file=sys.stderr)
+            print(f"W&B: {type(e).__name__}: {str(e)[:120]}; continuing without it", file=sys.stderr)
             run.wandb = None

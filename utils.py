@@ -3,9 +3,9 @@
   parse_task         task name -> Task (reference scores, environment, official file)
   load_dataset       task and --dataset -> Dataset (transitions as float32 tensors); load_expert: demonstrations
   make_env           task -> Gymnasium environment
-  evaluate           policy -> metrics of episodes in it
+  evaluate           policy -> metrics of its episodes
 
-What a user can mend raises UserError; the scripts end in one line that says it (plumbing.run_script).
+Errors that the user can fix raise UserError, which the scripts print as one line (plumbing.run_script).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from envs.relabelled import Relabelled, relabelled_reward
 from plumbing import UserError, file_sha256, write_image
 
 ROOT = Path(__file__).resolve().parent
-HOME = ROOT if os.path.expanduser("~") == "~" else Path.home()  # there are users without a home
+HOME = ROOT if os.path.expanduser("~") == "~" else Path.home()  # some users have no home directory
 BUNDLED = ROOT / "datasets" / "bundled"
 GENERATED = Path(os.environ.get("REWIND_DATASETS", HOME / ".rewind" / "datasets"))
 D4RL = Path(os.environ.get("D4RL_DATASET_DIR", HOME / ".d4rl" / "datasets"))
@@ -48,7 +48,7 @@ D4RL_URL = os.environ.get("REWIND_D4RL_URL", "https://rail.eecs.berkeley.edu/dat
 # --- tasks ---
 
 ROBOTS = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
-RELABELLED = {"jump": "halfcheetah", "angle": "ant"}  # the data's agent was paid for something else
+RELABELLED = {"jump": "halfcheetah", "angle": "ant"}  # the agent that collected the data had another reward
 # Return of a random and of an expert policy: D4RL, d4rl/infos.py. The maze2d values are those of the v1 mazes.
 REFERENCE = {
     "halfcheetah": (-280.178953, 12135.0),
@@ -81,14 +81,14 @@ MINARI_ID = re.compile(r"([\w-]+/)*[\w-]+-v\d+")
 @dataclass(frozen=True)
 class Task:
     id: str  # D4RL id with its version, or Minari id
-    domain: str  # halfcheetah, hopper, walker2d, ant, maze2d, antmaze; "": a Minari data set of another environment
+    domain: str  # halfcheetah, hopper, walker2d, ant, maze2d, antmaze; "": Minari, other environment
     kind: str  # what follows the domain: medium-replay, umaze-dense, large-play, ...
     reference: tuple[float, float] | None  # return of a random and of an expert policy
     max_steps: int = 1000
-    sources: tuple[str, ...] = ()  # what --dataset auto tries, in this order; () for a Minari data set
-    file: str = ""  # path of the official file below the server's folder
-    sha256: str = ""  # its first digits, where known
-    env_spec: str = ""  # evaluation environment of a Minari data set, as JSON
+    sources: tuple[str, ...] = ()  # what --dataset auto tries, in this order; (): a Minari dataset
+    file: str = ""  # path of the official file on the server
+    sha256: str = ""  # its first digits, if known
+    env_spec: str = ""  # evaluation environment of a Minari dataset, as JSON
 
     @property
     def name(self):
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def slug(self):
-        """first part of a run's name"""
+        """First part of a run's name."""
         return self.id.replace("/", "-")
 
 
@@ -147,13 +147,13 @@ def parse_task(name):
         return _minari_task(name)
     names = sorted({task.name for task in TASKS.values()})
     near = difflib.get_close_matches(re.sub(r"-v\d$", "", name.removeprefix("Rewind/").lower()), names, 3, 0.5)
-    what = "is an environment, not a data set" if ours or name in gymnasium.registry else "is no known task"
+    what = "is an environment, not a dataset" if ours or name in gymnasium.registry else "is no known task"
     hint = f"did you mean {', '.join(near)}?" if near else "D4RL names such as hopper-medium-replay and Minari ids are"
     raise UserError(f"--env {name} {what}; {hint}")
 
 
 def normalized_score(task, returns):
-    """D4RL's score, 0 for a random policy and 100 for an expert; None where the task has no reference scores."""
+    """D4RL's score, 0 for a random policy and 100 for an expert; None if the task has no reference scores."""
     if task.reference is None:
         return None
     low, high = task.reference
@@ -165,43 +165,43 @@ def normalized_score(task, returns):
 
 @dataclass
 class Dataset:
-    """Transitions of one data set, rows in recorded order, float32 tensors on the CPU."""
+    """Transitions in recorded order, float32 tensors on the CPU."""
 
     obs: torch.Tensor  # (N, O)
     act: torch.Tensor  # (N, A), within [-1, 1]
     rew: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, O)
-    terminated: torch.Tensor  # (N,) 1 where the MDP ended; a time limit is no end
-    has_next: torch.Tensor  # (N,) bool; False: next_obs is unknown (a copy of obs), the row must not teach a model
+    terminated: torch.Tensor  # (N,) 1 where the MDP ended; 0 at time limits
+    has_next: torch.Tensor  # (N,) bool; False: next_obs is unknown (a copy of obs), not to train a model on
     trajectory: torch.Tensor  # (N,) int64, number of the trajectory segment
     id: str = ""
     source: str = ""  # d4rl, bundled, generated, minari or file
     sha256: str = ""
     path: str = ""
-    more_facts: dict = field(default_factory=dict)  # beside those of facts(), such as the demonstrations used with it
+    more_facts: dict = field(default_factory=dict)  # in addition to facts(), such as the demonstrations used with it
 
     def __len__(self):
         return len(self.rew)
 
     def trajectory_returns(self):
-        """(N,) float64: undiscounted return of the trajectory that each row belongs to."""
+        """(N,) float64: undiscounted return of each row's trajectory."""
         sums = torch.zeros(int(self.trajectory[-1]) + 1, dtype=torch.float64)
         return sums.index_add_(0, self.trajectory, self.rew.double())[self.trajectory]
 
     def goal(self):
-        """Of an antmaze, (2,): rewarded positions lie within 0.5 of it, so it is their middle."""
+        """Goal of an antmaze, (2,): the middle of all rewarded positions, which lie within 0.5 of it."""
         reached = self.next_obs[self.terminated > 0, :2]
         if not len(reached):
-            raise UserError("--dataset: no row of it is at the goal, so imagined episodes need --no-imagined-ends")
+            raise UserError("--dataset: none of its rows reaches the goal, so rollouts need --no-imagined-ends")
         return (reached.amax(0) + reached.amin(0)) / 2
 
     def facts(self):
-        """What config.json and result.json say about the data."""
+        """Entries of config.json and result.json about the data."""
         return {"id": self.id, "source": self.source, "sha256": self.sha256, "transitions": len(self)} | self.more_facts
 
 
 def pack(obs, act, rew, next_obs, terminated):
-    """Transitions as rows of one matrix, so that a batch is one index operation: (B, 2 O + A + 2)"""
+    """Transitions as rows of one matrix, so that sampling is one index operation: (B, 2 O + A + 2)"""
     return torch.cat([obs, act, rew[:, None], next_obs, terminated[:, None].float()], -1)
 
 
@@ -212,23 +212,23 @@ def unpack(rows, obs_dim, act_dim):
 
 def load_dataset(task, source="auto", rewards=True):
     """Dataset of `task` from `source`: auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL
-    layout. rewards: whether they are needed; if not, a file may lack them, and `rew` is 0.
+    layout. rewards: if not needed, a file may lack them, and `rew` is 0.
 
-    Episode ends. A terminal does not bootstrap (terminated = 1), a time limit does; a row that is both is terminal. The
-    successor of a row is its `next_observations` entry where the file has them, else the next row of the same episode.
-    Without them the last row of an episode has no known successor: a terminal row is kept for Q learning (has_next is
-    False), any other is dropped, as in D4RL's qlearning_dataset. Terminal rows of an antmaze do have a successor, since
-    the ant ran on while the data was recorded; one at a time limit is dropped.
+    Episode ends: a terminal row does not bootstrap (terminated = 1), a time limit does; a row that is both is terminal.
+    A row's successor is its entry in `next_observations`, if the file has them, else the next row of its episode. Then
+    an episode's last row has no known successor: a terminal one is kept for Q-learning (has_next is False), any other
+    is dropped, as in D4RL's qlearning_dataset. Terminal rows of an antmaze have a successor, since the ant ran on while
+    the data was recorded; rows at its time limits are dropped.
     """
     kind, path = _find(task, source)
     if kind == "minari":
         data = _read_minari(path)
     else:
-        sha256 = file_sha256(path)  # before HDF5, which would call a file that must not be read damaged
+        sha256 = file_sha256(path)  # first, for HDF5 calls an unreadable file damaged
         data = _read_hdf5(Path(path), task, rewards, ours=kind == "generated")
         data.id, data.sha256 = task.id if kind == "d4rl" else Path(path).stem, sha256
     data.source, data.path = kind, str(path)
-    if task.domain and path != task.id:  # a Minari task's own data may be wider: Ant-v5 has 105 observations
+    if task.domain and path != task.id:  # Minari data may be wider: Ant-v5 has 105 observations
         _check_widths(data, WIDTHS[task.domain], task.id)
     if task.kind in RELABELLED and rewards:
         act, next_obs, rew = (x[data.has_next].double().numpy() for x in (data.act, data.next_obs, data.rew))
@@ -241,15 +241,15 @@ def load_dataset(task, source="auto", rewards=True):
 def _check_widths(data, widths, whose):
     for name, x, want in zip(("observations", "actions"), (data.obs, data.act), widths, strict=True):
         if x.shape[1] != want:
-            it = "is it the file of another task?"
+            it = "is it a file of another task?"
             raise UserError(f"{data.path}: {name} have {x.shape[1]} entries, {whose} has {want}; {it}")
 
 
 def load_expert(task, source, trajectories, data):
-    """Dataset of demonstrations to go with `data`, whose facts then name them: the first `trajectories` of `source`.
+    """Demonstrations to go with `data`, whose facts then name them: the first `trajectories` of `source`.
 
-    auto takes the data of the robot's expert, wherever load_dataset finds it, or on a maze the planner's episodes to
-    the task's goal, made on first use. An .npz file with the arrays of D4RL's layout will do too.
+    auto: the robot's expert data, wherever load_dataset finds them, or on maze2d our planner's episodes to the task's
+    goal, generated on first use. An .npz file with the arrays of D4RL's layout is also accepted.
     """
     maze = task.domain == "maze2d"
     try:
@@ -278,7 +278,7 @@ def load_expert(task, source, trajectories, data):
 
 
 def _find(task, source):
-    """(kind, path or Minari id) of the data set; `auto` tells which it took."""
+    """(kind, path or Minari id) of the dataset; `auto` prints which one it took."""
     stem, file = f"{task.domain}_{task.kind.replace('-', '_')}.hdf5", Path(task.file).name
     places = {"d4rl": D4RL / file, "bundled": BUNDLED / stem, "generated": GENERATED / stem}
     if source not in ("auto", *places):
@@ -290,11 +290,11 @@ def _find(task, source):
             raise UserError(f"--dataset {source}: {what}; give the path of an HDF5 file")
         if MINARI_ID.fullmatch(source):
             return "minari", source
-        raise UserError(f"--dataset {source}: neither a file, nor a Minari id, nor one of auto, {', '.join(places)}")
+        raise UserError(f"--dataset {source}: is no file, no Minari id and not one of auto, {', '.join(places)}")
     if not task.sources:
         if source == "auto":
             return "minari", task.id
-        raise UserError(f"--dataset {source}: {task.id} is a Minari data set; use --dataset auto")
+        raise UserError(f"--dataset {source}: {task.id} is a Minari dataset; use --dataset auto")
     scripts = {"maze2d": f"maze2d.py --maze {task.kind.split('-')[0]}", "antmaze": f"antmaze.py --task {task.kind}"}
     scripts |= {robot: f"mujoco.py --env {robot} --kinds {task.kind}" for robot in ROBOTS}
     how = {
@@ -327,7 +327,7 @@ def _find(task, source):
 
 
 def _generate(task, path, *flags):
-    """A maze's data, made on first use: maze2d takes a minute or more, antmaze ten. An interrupt ends the child too."""
+    """Generates a maze's data on first use: maze2d takes a minute, antmaze ten. An interrupt also ends the child."""
     what = ["--task", task.kind] if task.domain == "antmaze" else ["--maze", task.kind.split("-")[0]]
     if task.domain == "antmaze":
         ant_policy()
@@ -338,7 +338,7 @@ def _generate(task, path, *flags):
 
 
 def ant_policy():
-    """Path of D4RL's goal-reaching ant, which makes the antmaze data; downloaded if it is not here."""
+    """Path of D4RL's goal-reaching ant, which collects the antmaze data; downloaded if missing."""
     path = D4RL / "ant_hierarch_pol.pkl"
     if not path.exists():
         try:
@@ -351,7 +351,7 @@ def ant_policy():
 
 
 def download(url, path, sha256="", timeout=10):
-    """Fetch `url` to `path`: the file has its name only when it is complete and its sha256 begins as it should."""
+    """Download `url` to `path`, which appears only when it is complete and its sha256 starts with `sha256`."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +366,7 @@ def download(url, path, sha256="", timeout=10):
                 raise UserError(f"{url}: got {f.tell()} of {size} bytes; run again to retry")
         if not digest.hexdigest().startswith(sha256):
             have = digest.hexdigest()[:16]
-            raise UserError(f"{url}: sha256 {have} is not the known {sha256}; the server's file has changed")
+            raise UserError(f"{url}: sha256 {have} is not {sha256}; the server's file has changed")
         os.replace(part, path)
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise UserError(f"cannot download {url}: {getattr(e, 'reason', e)}") from None
@@ -380,12 +380,12 @@ LAYOUT = dict(observations=2, actions=2, rewards=1, terminals=1, timeouts=1, nex
 
 
 def _open(path):
-    """The HDF5 file; an .npz file's arrays as an HDF5 file in memory."""
+    """The HDF5 file; arrays of an .npz file as an HDF5 file in memory."""
     try:
         if path.suffix != ".npz":
             return h5py.File(path, "r")
         f = h5py.File(io.BytesIO(), "w")
-        with np.load(path) as arrays:  # unpickles nothing
+        with np.load(path) as arrays:  # without unpickling
             for key in LAYOUT.keys() & set(arrays.files):
                 f[key] = arrays[key]
         return f
@@ -395,7 +395,7 @@ def _open(path):
 
 
 def _read_array(f, key, required, bad):
-    """Array of an open HDF5 file, float32 or bool; None where there is none."""
+    """Array of an open HDF5 file, float32 or bool; None if it has none."""
     ndim, dtype = LAYOUT[key], bool if key in ("terminals", "timeouts") else np.float32
     try:
         if f.get(key, getlink=True) is None:
@@ -406,17 +406,17 @@ def _read_array(f, key, required, bad):
         array = f[key]
         if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiub":
             raise UserError(f"{bad}'{key}' does not hold numbers")
-        if array.file != f or array.is_virtual or array.external:  # could change, or read as 0 where it is missing
+        if array.file != f or array.is_virtual or array.external:  # may change, and reads as 0 where it is missing
             raise UserError(f"{bad}'{key}' lies in other files (link, virtual or external data); copy it into this one")
         shape = array.shape or ()
-        if len(shape) == 2 and ndim == 1 and shape[1] == 1:  # (N, 1) is a common way to write rewards
+        if len(shape) == 2 and ndim == 1 and shape[1] == 1:  # (N, 1) is common for rewards
             shape = shape[:1]
         if len(shape) != ndim:
             raise UserError(f"{bad}'{key}' has shape {array.shape}, expected {ndim} dimension{'s'[: ndim - 1]}")
-        out = np.empty(array.shape, array.dtype if dtype is bool else dtype)  # HDF5 cannot turn float flags into bool
+        out = np.empty(array.shape, array.dtype if dtype is bool else dtype)  # HDF5 cannot convert float flags to bool
         if out.size:
-            array.read_direct(out)  # converts on the fly: no second copy in the file's own precision
-    except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as e:  # h5py's answers to a damaged file
+            array.read_direct(out)  # converts while reading: no second copy in the file's precision
+    except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as e:  # what h5py raises for damaged files
         raise UserError(f"{bad}'{key}' cannot be read ({str(e)[:80]}); is the file complete?") from None
     if dtype is bool and not ((out == 0) | (out == 1)).all():
         raise UserError(f"{bad}'{key}' holds other values than 0 and 1")
@@ -441,7 +441,7 @@ def _read_hdf5(path, task, rewards=True, ours=False):
         raise UserError(f"{bad}is empty")
     if next_obs is not None and next_obs.shape != obs.shape:
         raise UserError(f"{bad}next_observations have {next_obs.shape[1]} entries, observations {obs.shape[1]}")
-    if task.domain == "ant" and obs.shape[1] == 111:  # D4RL's contact forces are all zero, and today's Ant-v4 has none
+    if task.domain == "ant" and obs.shape[1] == 111:  # D4RL's contact forces are zero; Ant-v4 has none
         obs = np.ascontiguousarray(obs[:, :27])
         next_obs = None if next_obs is None else np.ascontiguousarray(next_obs[:, :27])
     if task.domain == "maze2d" and (~obs.any(1)).any():
@@ -449,16 +449,16 @@ def _read_hdf5(path, task, rewards=True, ours=False):
         raise UserError(f"{bad}has all-zero observations, {defect}")
     if timeouts is None:
         timeouts = _timeouts_from_horizon(terminals, task.max_steps)
-    if re.fullmatch("antmaze-.*-v0", task.id) and not ours:  # D4RL's are out of step with the resets; ROMI's rule
+    if re.fullmatch("antmaze-.*-v0", task.id) and not ours:  # D4RL's do not match the resets; ROMI's rule
         jump = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1)
         timeouts = np.r_[jump > 10 * jump.mean(), True]
-    # An antmaze was recorded beyond the goal: the row after a terminal one is its successor. Every rewarded row is
-    # terminal, so a model without terminal rows would never see a reward.
+    # Antmaze recordings continue past the goal: the row after a terminal one is its successor. Every rewarded row is
+    # terminal, so without terminal rows a model would never see a reward.
     return _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go_on=task.domain == "antmaze")
 
 
 def _timeouts_from_horizon(terminals, max_steps):
-    """Files made by D4RL's own scripts may lack timeouts: an episode then ends when the task's horizon is reached."""
+    """For files without timeouts, as D4RL's scripts write them: an episode ends at the task's time limit."""
     timeouts, begin = np.zeros_like(terminals), 0
     for end in np.r_[np.flatnonzero(terminals), len(terminals) - 1]:
         timeouts[begin + max_steps - 1 : end + 1 : max_steps] = True
@@ -472,14 +472,14 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go
     np.clip(act, -1, 1, out=act)
     ends = terminals | timeouts
     if next_obs is not None:
-        # Some files leave time limits unmarked: a row whose successor is not the next row ends a trajectory.
+        # Some files do not mark time limits: a row whose successor is not the next row ends a trajectory.
         step = 1e-4 * (1 + np.abs(obs).max(0))
         ends[:-1] |= (np.abs(next_obs[:-1] - obs[1:]) > step).any(1)
     if not ends.any():
         raise UserError(f"{bad}holds no complete episode: neither terminals nor timeouts mark an end")
     keep = has_next = np.ones(len(rew), bool)
     if next_obs is None:
-        ends[-1] = True  # where a fragment ends is an end too, but its last row has no successor
+        ends[-1] = True  # a fragment's last row is an end without successor
         unknown = timeouts if terminals_go_on else ends
         unknown[-1] = True
         has_next = ~unknown
@@ -493,7 +493,7 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go
     arrays = [obs, act, rew, next_obs, terminals.astype(np.float32), has_next, trajectory]
     del obs, act, rew, next_obs
     if not keep.all():
-        for i in range(len(arrays)):  # one at a time, so that no second copy of everything exists
+        for i in range(len(arrays)):  # one at a time, to avoid a second copy of everything
             arrays[i] = arrays[i][keep]
         arrays[-1] = np.unique(arrays[-1], return_inverse=True)[1]
     return Dataset(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
@@ -508,21 +508,21 @@ def _minari_is_local(dataset_id):
 
 
 def _minari(dataset_id):
-    """The Minari data set, downloaded if it is not here."""
+    """The Minari dataset, downloaded if missing."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     import minari
 
     local = _minari_is_local(dataset_id)
     try:
-        if not (local or os.environ.get("HF_HUB_OFFLINE")):  # where there is no network, the client retries for 30 s
+        if not (local or os.environ.get("HF_HUB_OFFLINE")):  # without a network the client retries for 30 s
             hosts = {"hf": "https://huggingface.co", "gcp": "https://storage.googleapis.com"}
             host = os.environ.get("HF_ENDPOINT") or hosts[os.environ.get("MINARI_REMOTE", "hf").split(":")[0]]
-            with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
+            with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
                 urllib.request.urlopen(host, timeout=5).close()
         return minari.load_dataset(dataset_id, download=not local)
-    except Exception as e:  # the remote raises errors of whichever HTTP library it uses; they share no base class
-        message = f"Minari data set {dataset_id} cannot be had ({type(e).__name__}: {str(e)[:100]})"
-        raise UserError(f"{message}; see `minari list remote`, or download it where there is a network") from None
+    except Exception as e:  # HTTP libraries' errors share no base class
+        message = f"Minari dataset {dataset_id} is not available ({type(e).__name__}: {str(e)[:100]})"
+        raise UserError(f"{message}; see `minari list remote`, or download it on a machine with a network") from None
 
 
 def _minari_task(dataset_id):
@@ -546,19 +546,19 @@ def _minari_task(dataset_id):
 
 
 def _read_minari(dataset_id):
-    """Rows of all episodes; read once, then kept as flat arrays: Minari reads episode by episode (seconds per 1000)."""
+    """Rows of all episodes, cached as flat arrays: Minari takes seconds to read 1000 episodes."""
     data, names = _minari(dataset_id), ("obs", "act", "rew", "next_obs", "terminals", "timeouts")
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(data.storage.data_path).rglob("*") if p.is_file()):
         digest.update(bytes.fromhex(file_sha256(file)))
-    sha256, bad = digest.hexdigest(), f"Minari data set {dataset_id}: "
+    sha256, bad = digest.hexdigest(), f"Minari dataset {dataset_id}: "
     cache = GENERATED / "cache" / f"{sha256}.npz"
     try:
         with np.load(cache) as arrays:
             flat = [arrays[k] for k in names]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none there, or damaged
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or damaged
         flat = _flat_minari(data, bad)
-        with contextlib.suppress(OSError):  # a folder that cannot be written costs time at the next start, nothing else
+        with contextlib.suppress(OSError):  # without a cache the next start is slower
             cache.parent.mkdir(parents=True, exist_ok=True)
             part = cache.with_suffix(f".{os.getpid()}.part.npz")
             np.savez(part, **dict(zip(names, flat, strict=True)))
@@ -577,7 +577,7 @@ def _flat_minari(data, bad):
     try:
         for episode in tqdm(episodes, total=data.total_episodes, desc=bad, unit="episode", leave=False):
             obs, end = episode.observations, np.zeros(len(episode.rewards), bool)
-            end[-1] = True  # an episode's end is an end of a trajectory whatever its flags say
+            end[-1] = True  # an episode's last row ends a trajectory, whatever its flags say
             terminal, timeout = episode.terminations, end & ~episode.terminations
             rows.append((obs[:-1], episode.actions, episode.rewards, obs[1:], terminal, timeout))
     except (OSError, KeyError, RuntimeError, ValueError) as e:  # a damaged file
@@ -588,7 +588,7 @@ def _flat_minari(data, bad):
     flat = [np.concatenate(x).astype(dtype) for x, dtype in zip(zip(*rows, strict=True), dtypes, strict=True)]
     low, high = (np.asarray(x, np.float32) for x in (data.spec.action_space.low, data.spec.action_space.high))
     if np.isfinite(low).all() and np.isfinite(high).all():
-        flat[1] = (2 * (flat[1] - low) / (high - low) - 1).clip(-1, 1)  # to [-1, 1]; make_env undoes it
+        flat[1] = (2 * (flat[1] - low) / (high - low) - 1).clip(-1, 1)  # to [-1, 1]; make_env scales back
     for name, x in zip(("observations", "actions", "rewards", "next observations"), flat, strict=False):
         if not np.isfinite(x).all():
             raise UserError(f"{bad}{name} hold NaN or inf")
@@ -596,9 +596,9 @@ def _flat_minari(data, bad):
 
 
 def write_minari(dataset_id, data, env, reference, algorithm, script, facts):
-    """Arrays of D4RL's layout with `next_observations` as a Minari data set, an episode per terminal or timeout unless
-    an array `ends` says where; one of this id is replaced. env: a registered id; reference: return of a random and of
-    an expert policy."""
+    """Write arrays in D4RL's layout, with `next_observations`, as a Minari dataset, replacing an existing one. Episodes
+    end at terminals and timeouts, or where an array `ends` says so. env: a registered id; reference: return of a random
+    and of an expert policy."""
     import minari
     from minari.data_collector import EpisodeBuffer
     from minari.storage import get_dataset_path
@@ -620,7 +620,7 @@ def write_minari(dataset_id, data, env, reference, algorithm, script, facts):
     about |= {"author": "Rewind", "author_email": "none", "ref_min_score": reference[0], "ref_max_score": reference[1]}
     about |= {"observation_space": spaces[0], "action_space": spaces[1], "env": env, "eval_env": env}
     minari.create_dataset_from_buffers(dataset_id, buffers, **about)
-    print(f"Minari data set {dataset_id}: {len(buffers)} episodes", file=sys.stderr)
+    print(f"Minari dataset {dataset_id}: {len(buffers)} episodes", file=sys.stderr)
 
 
 # --- evaluation ---
@@ -629,18 +629,18 @@ def write_minari(dataset_id, data, env, reference, algorithm, script, facts):
 def make_env(task):
     """Evaluation environment of a Task, or of a robot's name; actions in [-1, 1].
 
-    The robots are Gymnasium's v4, the closest relatives of D4RL's v2. MuJoCo 3.5 began to add the contact margins of
-    two geoms where it had taken the larger one, so hopper and ant touch the ground earlier than before; half of all
-    margins restores the old physics (one-step errors against MuJoCo 2.2.0: tests/test_utils.py).
+    The robots are Gymnasium's v4, the closest to D4RL's v2. Since MuJoCo 3.5 the contact margins of two geoms add up,
+    where before the larger one counted, so hopper and ant touch the ground earlier; halving all margins restores the
+    old physics (one-step errors against MuJoCo 2.2.0: tests/test_utils.py).
     """
     task = TASKS[f"{task}-medium-v2"] if isinstance(task, str) else task
     if task.domain == "maze2d":
         return gymnasium.make(f"Rewind/Maze2d-{task.kind}-v1")
-    if task.domain == "antmaze":  # for v0's data, too, whose environment kept one goal
+    if task.domain == "antmaze":  # also for v0, whose environment kept one goal
         return gymnasium.make(f"Rewind/AntMaze-{task.kind}-v2")
-    ours = task.domain in ROBOTS and task.id.startswith("rewind/")  # Minari cannot store the corrected margins
+    ours = task.domain in ROBOTS and task.id.startswith("rewind/")  # Minari cannot store corrected margins
     handler = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)  # of a deprecated word in halfcheetah's XML, once an environment
+    mujoco.set_mju_user_warning(lambda message: None)  # a deprecated word in halfcheetah's XML
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*")
@@ -656,10 +656,10 @@ def make_env(task):
 
 
 def _minari_env(task):
-    """The environment stored with a Minari data set, as it is: scores belong to that data set, not to a D4RL task."""
+    """The environment stored with a Minari dataset, unchanged: scores are for that dataset, not for a D4RL task."""
     try:
         spec = gymnasium.envs.registration.EnvSpec.from_json(task.env_spec)
-        spec.max_episode_steps = spec.max_episode_steps or task.max_steps  # or an episode might never end
+        spec.max_episode_steps = spec.max_episode_steps or task.max_steps  # else an episode may never end
         env = gymnasium.make(spec)
     except Exception as e:
         why = f"{type(e).__name__}: {str(e)[:100]}" if task.env_spec else "none is stored with it"
@@ -680,10 +680,10 @@ def _minari_env(task):
 
 @torch.no_grad()
 def rollout(envs, act, seed):
-    """One episode in every environment of `envs`, all stepped together; act: obs (B, O) tensor -> actions (B, A).
+    """One episode per environment, all stepped together; act: obs (B, O) tensor -> actions (B, A).
 
     Episode i is seeded with seed + i. Returns lists of observations, (T+1, O) float32 each, and of rewards, (T,) each.
-    Random numbers that `act` draws from torch are seeded too, and the caller's generators are put back.
+    torch is seeded, too, for `act`; the caller's random state is restored.
     """
     seen = [[np.asarray(env.reset(seed=seed + i)[0], np.float32)] for i, env in enumerate(envs)]
     rewards, alive = [[] for _ in envs], list(range(len(envs)))
@@ -692,7 +692,7 @@ def rollout(envs, act, seed):
         while alive:
             actions = np.asarray(act(torch.from_numpy(np.stack([seen[i][-1] for i in alive]))))
             if not np.isfinite(actions).all():
-                raise UserError("actions are not finite: the policy has diverged", status=3)
+                raise UserError("actions are not finite: the policy diverged", status=3)
             for i, action in zip(alive[:], actions, strict=True):
                 obs, rew, terminated, truncated, _ = envs[i].step(action)
                 seen[i].append(np.asarray(obs, np.float32))
@@ -703,10 +703,10 @@ def rollout(envs, act, seed):
 
 
 def evaluate(task, envs, act, seed, gamma, folder=None, episodes=None):
-    """Metrics of an episode in each of `envs`, seeded apart from training; on a maze also <folder>/execution.png.
+    """Metrics of one episode in each of `envs`, with seeds of their own; on mazes also <folder>/execution.png.
 
-    A list given as `episodes` gets the observations of every episode, (T+1, O) each. The discounted return looks as far
-    as a learner does, to compare with Q values: policies of equal discounted return may differ a lot in score.
+    A list given as `episodes` receives the observations of every episode, (T+1, O) each. The discounted return is
+    comparable with Q values.
     """
     seen, rewards = rollout(envs, act, 1000 * seed + 100)
     returns = np.array([r.sum() for r in rewards])
@@ -723,32 +723,32 @@ def evaluate(task, envs, act, seed, gamma, folder=None, episodes=None):
 
 
 def draw_maze(task, trajectories, folder, name):
-    """On a maze, the top view of some trajectories, (T, O) each, as <folder>/<name>.png."""
+    """On mazes: top view of up to 100 trajectories, (T, O) each, as <folder>/<name>.png."""
     if folder is not None and task.domain in WORLDS:
         image = WORLDS[task.domain].view_trajectories(task.kind.split("-")[0], trajectories[:100])
         write_image(folder / f"{name}.png", image)
 
 
 def check_ends(terminates, domain, data):
-    """Check the termination rule of imagined episodes against the recorded ends; a robot may have been changed."""
+    """Check the termination rule for rollouts against the recorded terminals; the environment may be a variant."""
     rows = data.has_next
     ended = terminates(data.obs[rows], data.act[rows], data.next_obs[rows])
     share = (ended != (data.terminated[rows] > 0)).float().mean().item()
-    how = "--no-imagined-ends lets imagined episodes never end; or write the data's rule into termination_fn"
-    wrong = f"{data.path}: the rule for the end of {domain} is wrong for {share:.1%} of its rows"
-    if not share > 1e-3:  # nor NaN, of no row
+    how = "use --no-imagined-ends for rollouts without ends, or write the data's rule into termination_fn"
+    wrong = f"{data.path}: the termination rule of {domain} is wrong for {share:.1%} of its rows"
+    if not share > 1e-3:  # also for NaN, without rows
         return
     if domain == "antmaze":
         print(f"note: {wrong}; the goal is estimated from where the rewarded rows lead", file=sys.stderr)
     elif domain in WIDTHS:
         raise UserError(f"{wrong}; {how}")
     elif not domain:
-        print(f"note: no rule is known for the ends of {data.id} ({share:.1%} of its rows); {how}", file=sys.stderr)
+        print(f"note: no termination rule is known for {data.id} ({share:.1%} of its rows); {how}", file=sys.stderr)
 
 
 def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, folder):
-    """Metrics of imagined rows (M, ...). On a maze also what the simulator says of some chains: lists of h tuples (obs,
-    act, next_obs), (C, ...) each, in forward time."""
+    """Metrics of imagined rows (M, ...); on mazes also errors of some rollouts in the simulator. chains: a list of h
+    tuples (obs, act, next_obs), (C, ...) each, in forward time."""
     stats = {f"model/imagined_reward_{k}": v for k, v in (("min", rew.min()), ("max", rew.max()), ("mean", rew.mean()))}
     stats["model/imagined_terminated"] = terminated.mean()
     if task.domain in WORLDS and (n := min(len(step[0]) for step in chains)):
@@ -761,9 +761,9 @@ def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, fold
 
 
 def describe_augmentation(task, expert, supplementary, obs, act, next_obs, unscale, folder, step):
-    """Metrics of imagined rows after so many updates: obs, act, next_obs (M, ...), in the scale of the expert and
-    supplementary states, (N, O) each, which unscale undoes. On a maze also the simulator's word on some 500 rows, the
-    share that is at rest, and where all these states are: <folder>/augmentation_<step>.png."""
+    """Metrics of imagined rows after `step` updates: obs, act, next_obs (M, ...), normalised like the expert and
+    supplementary states, (N, O) each; unscale reverts that. On maze2d also the error of some 500 rows in the simulator,
+    the share at rest, and a picture of all these states: <folder>/augmentation_<step>.png."""
 
     def some(x, n):
         return x[:: max(1, len(x) // n)]

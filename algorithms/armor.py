@@ -659,15 +659,15 @@ def resolve(args, task):
     num_model = round(args.model_ratio * args.batch_size)
     num_real = args.batch_size - num_model
     if args.model_ratio > 0 and not (num_model and num_real):
-        raise UserError(f"--model-ratio {args.model_ratio}: a batch of {args.batch_size} needs rows of both kinds")
+        raise UserError(f"--model-ratio {args.model_ratio}: a batch of {args.batch_size} needs real and imagined rows")
     if num_model and args.pairs_kept < 2 * num_real:
         raise UserError(f"--pairs-kept {args.pairs_kept}: one update adds {2 * num_real} pairs")
     if num_model and args.reference == "data":
-        raise UserError("--reference data: imagined states have no actions of the data; give bc or --model-ratio 0")
+        raise UserError("--reference data: imagined states have no data actions; use bc or --model-ratio 0")
     if args.clone != "data" and args.reference in ("bc", "data"):
         raise UserError(f"--clone {args.clone}: --reference {args.reference} is the data itself")
     if not args.warm_start_updates and args.clone != "copy":
-        raise UserError("--warm-start-updates 0: then there is no clone; give a --reference, and no --clone but copy")
+        raise UserError("--warm-start-updates 0: there would be no clone; give a --reference policy, with --clone copy")
     name = "armor" if num_model else "atac"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 

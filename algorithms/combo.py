@@ -416,7 +416,7 @@ class ModelBuffer:
             policy.load_state_dict(weights)
             rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
         if not rows.isfinite().all():
-            raise UserError("imagined rows are not finite: the model has diverged; try a shorter --horizon", status=3)
+            raise UserError("imagined states are not finite: the model diverged; try a shorter --horizon", status=3)
         self.rollouts.append((step, policy.state_dict(), rows))
         self.rows = torch.cat([rows for _, _, rows in self.rollouts])
         return stats
@@ -540,7 +540,7 @@ def resolve(args, task):
         raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: the policy's rate is 0 from there on; 0: no decay")
     num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)
     if args.model_ratio > 0 and num_real == args.batch_size:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
+        raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if num_real == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: not one real row in a batch of {args.batch_size}")
     name = "combo_cql" if args.model_ratio == 0 else "combo" if args.beta > 0 else "combo_beta0"

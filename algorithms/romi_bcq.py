@@ -555,7 +555,7 @@ def resolve(args, task):
     tuned |= {"priority_rollout": priority, "priority_policy": priority}
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size) == 0:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
+        raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     name = "romi_bcq" if args.model_ratio > 0 else "bcq"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 

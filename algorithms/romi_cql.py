@@ -563,7 +563,7 @@ def resolve(args, task):
     tuned |= {"priority_rollout": priority, "priority_policy": priority}
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size) == 0:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
+        raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     name = "romi_cql" if args.model_ratio > 0 else "bc" if args.bc_warmup >= args.total_updates else "cql"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 

@@ -436,7 +436,7 @@ class AugmentedData:
             starts = partial(start_states, expert=self.expert, older=self.goals, new=goals, args=self.args)
             rows, stats = augment(starts, self.policy, *self.models, self.args)
         if not rows.isfinite().all():
-            raise UserError("imagined rows are not finite; lower --dynamics-learning-rate", status=3)
+            raise UserError("imagined states are not finite; lower --dynamics-learning-rate", status=3)
         self.rounds.append((step, {k: v.clone() for k, v in weights.items()}))
         self.goals = torch.cat([self.goals, goals])
         self.older, self.new = self.new if self.older is None else torch.cat([self.older, self.new]), rows
@@ -588,9 +588,9 @@ def resolve(args, task):
     if 0 < args.cosine_updates < args.total_updates:
         raise UserError(f"--total-updates {args.total_updates}: more than --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size}: must be even, half of a batch is expert rows")
+        raise UserError(f"--batch-size {args.batch_size}: must be even: half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
+        raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if not args.iql_weight and (args.model_ratio > 0 or not args.bc_weight):
         raise UserError("--iql-weight 0: clones the experts alone, with a --bc-weight and without --model-ratio")
     if rounds and args.rollout_rows < args.horizon:

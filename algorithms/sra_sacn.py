@@ -449,7 +449,7 @@ class AugmentedData:
             starts = partial(start_states, expert=self.expert, older=self.goals, new=goals, args=self.args)
             rows, stats = augment(starts, self.policy, *self.models, self.args)
         if not rows.isfinite().all():
-            raise UserError("imagined rows are not finite; lower --dynamics-learning-rate", status=3)
+            raise UserError("imagined states are not finite; lower --dynamics-learning-rate", status=3)
         self.rounds.append((step, {k: v.clone() for k, v in weights.items()}))
         self.goals = torch.cat([self.goals, goals])
         self.older, self.new = self.new if self.older is None else torch.cat([self.older, self.new]), rows
@@ -600,9 +600,9 @@ def resolve(args, task):
     if 0 < args.cosine_updates < args.total_updates:
         raise UserError(f"--total-updates {args.total_updates}: more than --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size}: must be even, half of a batch is expert rows")
+        raise UserError(f"--batch-size {args.batch_size}: must be even: half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one row of a batch of {args.batch_size}")
+        raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if rounds and args.rollout_rows < args.horizon:
         raise UserError(f"--rollout-rows {args.rollout_rows}: fewer than the {args.horizon} steps of a round")
     if args.model_ratio > 0 and not rounds:

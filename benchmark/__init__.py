@@ -1,1 +1,1 @@
-"""Run the scripts in algorithms/, keep their results, make tables and pictures of them: python -m benchmark --help"""
+"""Run the scripts in algorithms/, collect results, build tables and figures: python -m benchmark --help"""

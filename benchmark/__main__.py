@@ -1,14 +1,14 @@
 """Benchmarks of the scripts in algorithms/, from the project's root:
 
-python -m benchmark run smoke                # every script end to end, minutes; suites: benchmark/suites.toml
-python -m benchmark run headline --jobs 2    # to resume, repeat it: finished runs are skipped
-python -m benchmark run paper --dry-run      # the plain commands, for xargs, GNU parallel or sbatch
+python -m benchmark run smoke                # every script end to end in minutes; suites: benchmark/suites.toml
+python -m benchmark run headline --jobs 2    # repeat to resume; finished runs are skipped
+python -m benchmark run paper --dry-run      # print the commands, for xargs, GNU parallel or sbatch
 python -m benchmark run paper --slurm --jobs 100 --gpus 1 --slurm-options partition=gpu
 python -m benchmark collect                  # results of finished runs -> benchmark/results/
-python -m benchmark table                    # tables of benchmarks.md; --check: are they what the results say?
+python -m benchmark table                    # tables of benchmarks.md; --check: do they match the results?
 python -m benchmark plot                     # learning curves -> benchmark/figures/
 python -m benchmark case-study runs/maze2d-umaze-v1__{romi_bcq,fomi_bcq,bcq}__0*      # ROMI's Figure 3
-python -m benchmark speed                    # milliseconds an update on this machine
+python -m benchmark speed                    # milliseconds per update on this machine
 python -m benchmark sweeps                   # grid sweeps for W&B agents -> benchmark/sweeps/
 """
 
@@ -29,14 +29,14 @@ from utils import UserError
 
 
 class Command(submitit.helpers.Checkpointable):
-    """A run as a task. If Slurm pre-empts it, submitit submits it again and the script resumes from its checkpoint."""
+    """A run as a task. If Slurm pre-empts it, submitit requeues it, and the script resumes from its checkpoint."""
 
     def __call__(self, command):
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         try:
             return child.wait()
         finally:
-            child.terminate()  # Ctrl-C and pre-emption must not leave it behind
+            child.terminate()  # Ctrl-C and pre-emption must not leave it running
 
 
 def run(
@@ -55,13 +55,13 @@ def run(
     Args:
         suite: see benchmark/suites.toml
         jobs: runs at a time
-        only: runs whose names contain one of these words or fit the pattern, and those whose models they take
-        run_dir: parent of the runs' folders; the suite's where nothing is given
-        dry_run: print the commands and end; those that take a model from another run come last
-        slurm: submit the runs to Slurm instead of starting them here
-        slurm_options: of sbatch, such as partition=gpu
-        gpus: of each run
-        hours: limit of a run; on Slurm it is then submitted again
+        only: runs whose names contain one of these words or match the pattern, and the runs whose models they use
+        run_dir: folder of all runs; default: the suite's
+        dry_run: print the commands and exit; those that use another run's model come last
+        slurm: submit the runs to Slurm instead of running them here
+        slurm_options: for sbatch, such as partition=gpu
+        gpus: per run
+        hours: time limit of a run; on Slurm it is then requeued
     """
     runs = suites.expand(suite, only, run_dir)
     if jobs < 1:
@@ -81,14 +81,14 @@ def run(
     failed = work_off(runs, jobs, executor)
     print(f"{sum(run.finished() for run in runs)} of {len(runs)} runs of the suite {suite} are finished")
     if suite == "smoke":
-        print("toy sizes: that these runs ended is all that their scores say")
+        print("toy sizes: the scores mean nothing")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
 
 
 def work_off(runs, jobs, executor):
-    """Submit what is not finished, `jobs` at a time, lenders of models first. Returns names of those that failed."""
+    """Submit unfinished runs, `jobs` at a time, those that lend a model first. Returns the names of failed ones."""
     waiting, running, failed = [run for run in runs if not run.finished()], {}, []
     unfinished = {run.name for run in waiting}
     try:
@@ -125,9 +125,9 @@ def work_off(runs, jobs, executor):
 def collect(
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),), out: Path = report.RESULTS, force: bool = False
 ):
-    """Copy result.json and evaluation lines of finished runs to benchmark/results/, which the tables rest on.
+    """Copy result.json and evaluations of finished runs to benchmark/results/, the source of the tables.
 
-    An existing result is replaced only by a continuation of the same run; with --force, by any run.
+    Only a continuation of the same run replaces an existing result; with --force any run does.
     """
     runs = [f for folder in folders for f in ([folder] if (folder / "result.json").exists() else folder.glob("*"))]
     runs = sorted(f for f in runs if (f / "result.json").exists())
@@ -163,12 +163,12 @@ for command in (run, collect, report.table, report.plot, case_study.case_study, 
     app.command(command)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children, like Ctrl-C
     try:
         app.cli(prog="python -m benchmark", config=(tyro.conf.OmitArgPrefixes,))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.status)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; repeat the command to resume", file=sys.stderr)
         sys.exit(130)

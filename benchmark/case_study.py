@@ -1,12 +1,12 @@
-"""A maze seen from above: data, what models imagine, what policies execute (ROMI Sec. 4.5, Figure 3), and how accurate
-the models are (the question of ROMI's Appendix C; these measures are ours).
+"""Top views of mazes: the data, what models imagine and what policies execute (ROMI Sec. 4.5, Figure 3); and how
+accurate the models are (as asked in ROMI's Appendix C, with our own measures).
 
   discrepancy   D(D, tau) = 1/(H+1) sum_t min_(s in D) |s_t - s|_2                                       ROMI Eq. 5
-  accuracy      on held-out rows of the data; of imagined transitions, against the true simulator
+  accuracy      on held-out rows of the data; for imagined transitions, against the true simulator
 
-States are the whole observation: (x, y, vx, vy) in m and m/s, of an ant 29 numbers. A reverse model is given s' and
-predicts s, a forward model the other way round. On held-out rows a model predicts means; imagined transitions have its
-noise, as in training. Everything is seeded.
+A state is the whole observation: (x, y, vx, vy) in m and m/s, or an ant's 29 numbers. A reverse model predicts s from
+s', a forward model s' from s. Held-out rows are compared with predicted means; imagined transitions are sampled, as in
+training. Everything is seeded.
 """
 
 import importlib
@@ -28,20 +28,20 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "algorithms"))
 
 
 def discrepancy(tree, trajectories):
-    """Eq. 5 for each of the trajectories, arrays (T, O): (len(trajectories),). `tree`, a cKDTree, holds the data."""
+    """Eq. 5 for each trajectory, arrays (T, O): (len(trajectories),). `tree`: a cKDTree of the data."""
     nearest = tree.query(np.concatenate(trajectories), workers=-1)[0]
     lengths = np.array([len(t) for t in trajectories])
     return np.add.reduceat(nearest, np.cumsum(lengths) - lengths) / lengths
 
 
 def mean_se(values):
-    """Mean and its standard error (None for a single value)."""
+    """Mean and standard error (None for a single value)."""
     return [float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None]
 
 
 def held_out(data, args):
-    """Row numbers (R,) that the model was not fitted to: the split of train_dynamics, drawn again. They did choose each
-    member's best epoch and the elites, so errors on them are a little too small."""
+    """Row numbers (R,) held out by train_dynamics, from the same random split. They selected each member's best epoch
+    and the elites, so errors on them are a little too small."""
     known = data.has_next.nonzero().squeeze(1)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(args.seed))
     return known[order[: max(1, min(int(args.holdout_ratio * len(known)), args.holdout_max))]]
@@ -49,7 +49,7 @@ def held_out(data, args):
 
 @torch.no_grad()
 def accuracy(dynamics, data, rows, reverse):
-    """Root mean squares over rows (R,) and elites: distance of predicted and recorded state, error of the reward."""
+    """Root mean squares over rows (R,) and elites: distance of predicted to recorded state, and reward error."""
     given, wanted = (data.next_obs[rows], data.obs[rows]) if reverse else (data.obs[rows], data.next_obs[rows])
     x = dynamics.inputs(given, data.act[rows]).expand(len(dynamics.elites), -1, -1)
     mean, _ = dynamics(x, dynamics.elites)  # (E, R, 1+O): reward and change of state
@@ -58,7 +58,7 @@ def accuracy(dynamics, data, rows, reverse):
 
 
 class FinishedRun:
-    """A run's folder. To its script's functions it is a Run whose phases are done: they load instead of training."""
+    """A run's folder, which the script's functions use as a Run with all phases done: they load instead of train."""
 
     def __init__(self, folder):
         try:
@@ -69,17 +69,17 @@ class FinishedRun:
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise UserError(f"{folder}: is no run of these scripts ({type(e).__name__}: {e})") from None
         if self.task.domain not in WORLDS or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
-            raise UserError(f"{folder}: a case study is of runs of romi_bcq.py and fomi_bcq.py on maze2d and antmaze")
+            raise UserError(f"{folder}: case studies need runs of romi_bcq.py or fomi_bcq.py on maze2d or antmaze")
         self.world = WORLDS[self.task.domain]
         self.label, self.reverse = f"{self.args.exp_name} {self.args.seed}", self.script.__name__ == "romi_bcq"
         self.dynamics, self.maze = None, self.task.kind.split("-")[0]
 
     def steps(self, phase, total=None, every=None, **parts):
-        """Restore the parts of a phase, from the run that lent it if need be; no step is left."""
+        """Restore a phase, if need be from the run that lent it; yields no step."""
         file, lent = self.folder / f"{phase}.pt", getattr(self.args, f"{phase}_from", None)
         file = Path(lent) if lent and not file.exists() else file
         if not file.exists():
-            raise UserError(f"{file}: is not there; has the run come that far?")
+            raise UserError(f"{file}: does not exist; has the run reached this phase?")
         state = torch.load(file, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -97,8 +97,8 @@ class FinishedRun:
         self.steps("agent", **self.agent.parts)
 
     def imagine(self, data, n, seed):
-        """At most 500 chains in order of time: obs, act, next_obs, float64 arrays (n, h, ...)."""
-        torch.manual_seed(seed)  # start states are drawn first: runs that draw them alike begin with the same ones
+        """At most 500 rollouts in forward time: obs, act, next_obs, float64 arrays (n, h, ...)."""
+        torch.manual_seed(seed)  # start states are sampled first, so equal sampling gives equal starts
         args = replace(self.args, rollout_batch_size=n, model_buffer_size=n * self.args.horizon)
         never = lambda obs, act, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
         starts = self.script.row_sampler(data.obs)
@@ -108,7 +108,7 @@ class FinishedRun:
 
 
 def study(run, data, tree, episodes, chains, seed):
-    """All numbers of a run, and as lists of trajectories what it imagines and what it executes."""
+    """All numbers of a run, and lists of imagined and of executed trajectories."""
     run.load(data)
     out = {"folder": run.folder.name, "algorithm": run.args.exp_name, "seed": run.args.seed, "updates": run.step}
     imagined = []
@@ -119,7 +119,7 @@ def study(run, data, tree, episodes, chains, seed):
         one, all_steps = run.world.replay_error(run.maze, obs, act, next_obs)
         out["imagined"] = {"trajectories": len(imagined), "horizon": run.args.horizon, "replay_error_1": one}
         out["imagined"] |= {"replay_error_h": all_steps, "discrepancy": mean_se(discrepancy(tree, imagined))}
-    # start states on which no run was evaluated in training: there 1000 seed + 100
+    # not the start states of evaluations in training: 1000 seed + 100
     executed, rewards = rollout([make_env(run.task) for _ in range(episodes)], run.agent.act, 1_000_000 * (1 + seed))
     returns = [float(r.sum()) for r in rewards]
     out["executed"] = {"trajectories": episodes, "return": mean_se(returns)}
@@ -129,7 +129,7 @@ def study(run, data, tree, episodes, chains, seed):
 
 
 def draw(path, run, panels, results):
-    """panels: (title, trajectories), each a top view; the discrepancies as bars in what is left of the last row."""
+    """panels: (title, trajectories), a top view each; bars of the discrepancies fill the last row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,11 +165,11 @@ def case_study(
     """Data, imagined and executed trajectories of maze runs side by side (ROMI's Figure 3).
 
     Args:
-        runs: folders of romi_bcq.py and fomi_bcq.py, with a model and without, on one task and data set
-        dataset: --dataset as the scripts take it, if the file has moved since the runs
-        out: folder for picture and numbers; benchmark/figures and benchmark/results where nothing is given
-        episodes: executed with each policy
-        chains: imagined with each model, at most 500
+        runs: folders of romi_bcq.py and fomi_bcq.py, with or without model, on one task and dataset
+        dataset: --dataset of the scripts, if the file has moved since the runs
+        out: folder for figure and numbers; default: benchmark/figures and benchmark/results
+        episodes: per policy
+        chains: rollouts per model, at most 500
     """
     if not runs or episodes < 1 or not 1 <= chains <= 500:
         raise UserError("give the folders of runs, at least one episode and 1 to 500 chains")
@@ -177,7 +177,7 @@ def case_study(
     first, dataset = finished[0], dataset or finished[0].args.dataset
     data = load_dataset(first.task, dataset)
     if {(run.task.id, run.config["dataset"]["sha256"]) for run in finished} != {(first.task.id, data.sha256)}:
-        raise UserError(f"{', '.join(map(str, runs))}: are not all runs on {first.task.id} with --dataset {dataset}")
+        raise UserError(f"{', '.join(map(str, runs))}: not all are runs on {first.task.id} with --dataset {dataset}")
     states, trajectory, rng = data.obs.double().numpy(), data.trajectory.numpy(), np.random.default_rng(seed)
     tree = cKDTree(states, balanced_tree=False)
     some = rng.choice(trajectory[-1] + 1, min(trajectory[-1] + 1, 100), replace=False)

@@ -1,8 +1,8 @@
 """Tables of benchmarks.md and learning curves, from raw results: `python -m benchmark table` and `plot`.
 
-A result is a folder with a run's result.json and its evaluations. Runs are averaged only if they differ in nothing but
-the seed: same task, data (sha256), algorithm and training flags. Where they ran for different numbers of updates, there
-is a row for each number, of all seeds that came so far. Every mean stands beside the scores that it is of.
+A result is a folder with a run's result.json and its evaluations. Runs are averaged only if they differ in the seed
+alone: same task, data (sha256), algorithm and training flags. If their lengths differ, each length has a row with all
+seeds that reached it. Every mean comes with its individual scores.
 """
 
 import difflib
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES, PAGE = HERE / "results", HERE / "figures", HERE.parent / "benchmarks.md"
 PUBLISHED = json.loads((RESULTS / "published.json").read_text())
 
-# Our name -> name in published tables, in the order of the tables' rows.
+# Our name -> name in published tables, in the order of our rows.
 PRINTED = {
     "bc": "BC", "cql": "CQL", "romi_cql": "ROMI-CQL", "bcq": "BCQ", "fomi_bcq": "FOMI-BCQ", "romi_bcq": "ROMI-BCQ",
     "romi_bcq_rbc": "ROMI-RBC-BCQ", "romi_bcq_cvae": "", "sac": "SAC", "mbpo": "MBPO", "mopo": "MOPO",
@@ -29,18 +29,18 @@ PRINTED = {
     "sra_iql": "SRA", "uds_td3bc": "TD3BC", "sra_td3bc": "SRA+TD3BC", "uds_awac": "AWAC", "sra_awac": "SRA+AWAC",
     "uds_sacn": "SAC-N", "sra_sacn": "SRA+SAC-N",
 }  # fmt: skip
-# Flags that change neither training nor evaluation, or stand in a column of their own.
+# Flags that affect neither training nor evaluation, or have their own column.
 UNSEEN = "env env-id exp-name seed dataset expert-dataset total-updates run-dir checkpoint-every log-every num-threads"
 UNSEEN += " eval-every eval-episodes device dynamics-from warm-start-from track no-track"
 UNSEEN += " wandb-project-name wandb-entity wandb-group"
-ASIDE = {"on": "references", "select": "games", "diag": "games"}  # first word of a name -> table of its own (ARMOR's)
+ASIDE = {"on": "references", "select": "games", "diag": "games"}  # first word of a name -> its own table (ARMOR's)
 
 
 # --- reading ---
 
 
 def read(results):
-    """A row a finished run; `curve`: update -> score, `gain`: update -> discounted return over ARMOR's reference."""
+    """A row per finished run; `curve`: update -> score, `gain`: update -> discounted return over ARMOR's reference."""
     rows = []
     for folder in sorted(file.parent for file in Path(results).glob("*/result.json")):
         result = json.loads((folder / "result.json").read_text())
@@ -73,23 +73,23 @@ def read(results):
 
 
 def in_words(task, source):
-    """What the end of a run's name says about its data."""
+    """The data in words, from the end of a run's name."""
     if source == "generated" and task.startswith(("maze2d", "antmaze")):
         return "D4RL's script"
     return "repaired data" if source.endswith("_repaired") else source or "D4RL's file"
 
 
 def training_flags(command):
-    """The flags of a command that change training or evaluation, sorted."""
+    """The flags of a command that affect training or evaluation, sorted."""
     if command is None:
         return ("not recorded",)  # of an old result
     flags = [flag.replace("=", " ").split() for flag in " ".join(["", *command[1:]]).split(" --")[1:]]
-    flags = {k.replace("_", "-"): v for k, *v in flags}  # the last of a name counts
+    flags = {k.replace("_", "-"): v for k, *v in flags}  # of repeated flags the last counts
     return tuple(sorted(" ".join([f"--{k}", *v]) for k, v in flags.items() if k not in UNSEEN.split()))
 
 
 def differs(there, result, evals_there, evals):
-    """In what the result that is there is another run than `result`, or a longer one; "" if `result` carries it on."""
+    """How the existing result is a different run from `result`, or a longer one; "" if `result` continues it."""
     scripts = {r.get("script") or (r.get("command") or [None])[0] for r in (there, result)} - {None}
     old, new = [[(e["update"], e["eval/return"]) for e in map(json.loads, x)] for x in (evals_there, evals)]
     if there["dataset"]["sha256"] != result["dataset"]["sha256"]:
@@ -102,7 +102,7 @@ def differs(there, result, evals_there, evals):
 
 
 def cells(runs):
-    """A row for each number of updates of each group of runs that differ in the seed alone, with the seeds' scores."""
+    """A row per number of updates for each group of runs that differ in the seed alone, with the seeds' scores."""
     rows, keys = [], ["setting", "task", "algorithm", "data", "sha", "options", "episodes", "unit"]
     for key, group in runs.groupby(keys, sort=False):
         if group.seed.duplicated().any():
@@ -125,13 +125,13 @@ def cells(runs):
 
 
 def interval(values):
-    """95 % bootstrap interval of the mean. Of three values it reaches from the smallest to the largest."""
+    """95 % bootstrap interval of the mean; for three values from the smallest to the largest."""
     options = {"confidence_level": 0.95, "n_resamples": 10_000, "method": "percentile"}
     return scipy.stats.bootstrap((values,), np.mean, rng=np.random.default_rng(0), **options).confidence_interval
 
 
 def spread(values, each=False):
-    """Mean ± standard deviation (n - 1), and in brackets each of the values."""
+    """Mean ± standard deviation (n - 1), with the values in brackets."""
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else "-"
     own = f" ({', '.join(f'{v:.1f}' for v in values)})" if each else ""
@@ -139,7 +139,7 @@ def spread(values, each=False):
 
 
 def published(task, algorithm, unit):
-    """What others printed for it: in a paper, else in a reproduction, else as quoted; the first table in the file."""
+    """The published score, from a paper, else a reproduction, else a quotation; from the first table that has it."""
     tables, kinds = PUBLISHED["tables"], ("paper", "third_party_reproduction", "quoted_by_third_party")
     key = re.sub(r"-v\d$", "", task), PRINTED.get(algorithm), unit == "Return"
     found = [
@@ -161,7 +161,7 @@ def markdown(frame):
 
 
 def setting_table(rows):
-    """One setting. Flags that all rows share, and the data if they are one, stand below the table."""
+    """Table of one setting. Flags common to all rows, and the data if there is one, are below the table."""
     shared = set.intersection(*map(set, rows.options)) if len(rows) > 1 else set()
     hashes = rows.groupby("data").sha.nunique()
     data = [d + (f" {sha[:8]}" if hashes[d] > 1 else "") for d, sha in zip(rows.data, rows.sha, strict=True)]
@@ -199,7 +199,7 @@ def reference_table(rows):
 
 
 def game_table(runs):
-    """ARMOR's games by which settings were chosen: gains over the reference, means of the last three evaluations."""
+    """ARMOR's games that chose its settings: gains over the reference, means of the last three evaluations."""
     table = pd.DataFrame({"game": runs.algorithm})
     table["discounted"] = [np.mean([*gain.values()][-3:]) for gain in runs.gain]
     table["undiscounted"] = [np.mean([*c.values()][-3:]) - r for c, r in zip(runs.curve, runs.reference, strict=True)]
@@ -208,7 +208,7 @@ def game_table(runs):
 
 
 def claim_table(rows):
-    """claims.json with our numbers: of the rows with the most seeds one on data not repaired, of these the longest."""
+    """claims.json with our numbers: of the rows with most seeds, those not on repaired data first, then the longest."""
     lines = []
     for claim in json.loads((HERE / "claims.json").read_text()):
         there, ours, theirs = rows[rows.setting == claim["setting"]], [], []
@@ -222,7 +222,7 @@ def claim_table(rows):
             for words, gains in (("discounted", there.gain.explode()), ("in score", there.over.explode())):
                 ours.append(f"ahead in {(gains > 0).sum()} of {len(gains)} games {words}")
         verdict = f"**{claim['verdict']}**: {claim['why']}"
-        sources = {x.split(" (")[-1] for x in theirs if x != "-"}  # once, where all are from one table
+        sources = {x.split(" (")[-1] for x in theirs if x != "-"}  # once, if all are from one table
         if len(sources) == 1:
             theirs = [*(x.split(" (")[0] for x in theirs[:-1]), theirs[-1].split(" (")[0] + f" ({sources.pop()}"]
         lines.append([claim["claim"], ", ".join(ours), ", ".join(theirs) or "-", verdict])
@@ -248,7 +248,7 @@ def rounded(mean_and_error, digits=3):
 
 
 def speed_table(results):
-    """Milliseconds, machines side by side; float32, then bfloat16 where it was timed."""
+    """Milliseconds per machine; float32, then bfloat16 if timed."""
     table = {}
     for file in sorted(Path(results).glob("speed_*.json")):
         for row in sorted(json.loads(file.read_text())["rows"], key=lambda row: row["case"]):
@@ -259,7 +259,7 @@ def speed_table(results):
 
 
 def tables(results):
-    """Name -> text of all tables that the results make."""
+    """Name -> text of all tables."""
     runs = read(results)
     rows, made = cells(runs), {}
     for setting, group in rows.groupby("setting"):
@@ -274,7 +274,7 @@ def tables(results):
 
 
 def fill(page, made):
-    """The page with each table between its markers, `<!-- table: NAME -->` and `<!-- end -->`."""
+    """The page with the tables filled in between `<!-- table: NAME -->` and `<!-- end -->`."""
     marker = re.compile(r"<!-- table: (\S+) -->\n(?:(?!<!-- table: ).)*?<!-- end -->", re.S)
     if wrong := sorted(set(marker.findall(page)) ^ set(made)):
         what = "no place" if wrong[0] in made else "no results"
@@ -283,12 +283,12 @@ def fill(page, made):
 
 
 def table(results: Path = RESULTS, page: Path = PAGE, check: bool = False):
-    """Write the tables of all results into benchmarks.md, between markers; those of your own runs are printed.
+    """Write the tables into benchmarks.md, between markers; tables of your own runs are printed.
 
     Args:
-        results: folder of runs, or of what `collect` copied of them
+        results: folder of runs, or of results that `collect` copied
         page: with markers, for the results of this repository
-        check: change nothing; end with status 1 if the tables of the page are not those of the results
+        check: change nothing; exit with status 1 if the page does not match the results
     """
     made = tables(results)
     if results.resolve() != RESULTS and page == PAGE:
@@ -304,11 +304,11 @@ def table(results: Path = RESULTS, page: Path = PAGE, check: bool = False):
 
 
 def plot(results: Path = RESULTS, out: Path | None = None):
-    """Learning curves, a picture a setting and a line a run; runs on repaired data are dashed.
+    """Learning curves, one figure per setting, one line per run; dashed: repaired data.
 
     Args:
-        results: folder of runs, or of what `collect` copied of them
-        out: benchmark/figures, for results elsewhere <results>/figures
+        results: folder of runs, or of results that `collect` copied
+        out: default: benchmark/figures, or <results>/figures
     """
     import matplotlib
 

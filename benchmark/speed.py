@@ -1,4 +1,4 @@
-"""Milliseconds an update of every learner and an epoch of every model, as the scripts themselves log them."""
+"""Milliseconds per update of every learner and per epoch of every model, as logged by the scripts."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ import torch
 
 from utils import UserError
 
-# Name -> script, flags and the number of updates to time. Networks and batches are those of the scripts' defaults.
+# Name -> script, flags and number of timed updates, with the scripts' default networks and batches.
 HOPPER, MAZE, SHORT = "--dataset bundled", "--env maze2d-umaze --dataset {maze}", "--dynamics-max-epochs 2"
 SRA = f"{MAZE} --expert-dataset {{expert}} --model-ratio 0"
 CASES = {
@@ -37,7 +37,7 @@ CASES = {
 
 
 def measure(tree, name, more, folder):
-    """{"update": ms, "epoch": ms} of one short run of a case in a tree; an epoch ends when its line is logged."""
+    """{"update": ms, "epoch": ms} of one short run of a case in a checkout; epochs are timed by their log lines."""
     script, flags, updates = CASES[name]
     flags = flags.format(maze=folder / "maze2d_umaze.hdf5", expert=folder / "maze2d_umaze_expert.hdf5").split()
     flags += [f"--total-updates={updates}", f"--log-every={updates // 5}", "--eval-episodes=0", *more]
@@ -50,12 +50,12 @@ def measure(tree, name, more, folder):
                 text = "".join(file.read_text() for file in Path(runs).glob("*/metrics.jsonl"))
                 stamps += [time.time()] * (text.count('"model/epoch":') - len(stamps))
         finally:
-            process.kill()  # where this one is ended
+            process.kill()  # if this process is interrupted
         if process.returncode:
             log.seek(0)
             raise UserError(f"{' '.join(command)} failed in {tree}: {log.read()[-500:]}")
         rows = [json.loads(line) for line in next(Path(runs).glob("*/metrics.jsonl")).read_text().splitlines()]
-    rates = [row["charts/SPS"] for row in rows if "charts/SPS" in row][1:]  # the first has the caches cold
+    rates = [row["charts/SPS"] for row in rows if "charts/SPS" in row][1:]  # the first one warms up
     epochs = [1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)]
     return {"update": 1e3 / statistics.median(rates)} | ({"epoch": statistics.median(epochs)} if epochs else {})
 
@@ -68,13 +68,13 @@ def speed(
     against: tuple[Path, ...] = (),
     out: Path | None = None,
 ):
-    """Milliseconds an update of every learner and an epoch of every model; medians over rounds.
+    """Milliseconds per update of every learner and per epoch of every model; medians over rounds.
 
     Args:
         only: cases, such as cql bcq
-        flags: further flags of every run, such as --flags=--bf16
-        against: other checkouts of the project, timed in turn with this one in every round
-        out: also write the numbers as JSON; as benchmark/results/speed_<machine>.json they make a column of the table
+        flags: more flags for every run, such as --flags=--bf16
+        against: other checkouts, timed in turn with this one in every round
+        out: also write JSON; benchmark/results/speed_<machine>.json becomes a column of the table
     """
     if unknown := set(only) - CASES.keys():
         raise UserError(f"--only {' '.join(sorted(unknown))}: the cases are {', '.join(CASES)}")

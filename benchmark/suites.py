@@ -1,4 +1,4 @@
-"""Suites of runs, from suites.toml, as plain commands; and the grid sweeps for W&B agents, from the same list."""
+"""Suites of runs from suites.toml, as commands, and as grid sweeps for W&B agents."""
 
 import fnmatch
 import json
@@ -24,19 +24,19 @@ SWEPT = ("romi_bcq", "romi_cql", "mopo", "combo", "armor", "sra_iql")  # the hea
 
 @dataclass(frozen=True)
 class Run:
-    """One command and the folder that it fills."""
+    """A command and its run folder."""
 
     folder: Path
     command: tuple[str, ...]
-    updates: int  # 0: as many as the script's default
-    lender: str  # name of the run whose model it takes, or ""
+    updates: int  # 0: the script's default
+    lender: str  # name of the run whose model it uses, or ""
 
     @property
     def name(self):
         return self.folder.name
 
     def finished(self):
-        """Whoever went on beyond the suite's updates has made them, too."""
+        """Also true if it went beyond the suite's updates."""
         result = self.folder / "result.json"
         return result.exists() and json.loads(result.read_text())["updates"] >= self.updates
 
@@ -46,14 +46,14 @@ def tasks_of(row):
 
 
 def source_of(dataset):
-    """How the source of the data ends the name of a run."""
+    """The end of a run's name for this data."""
     if dataset.endswith((".hdf5", ".h5")):
         return f"__{Path(dataset).stem}"
     return {"d4rl": "", "bundled": "__bundled", "generated": "__generated"}.get(dataset, "__minari")
 
 
 def expand(suite, only=(), run_dir=""):
-    """Runs of the suite whose names contain, or fit, one of `only`, and those whose models they take; lenders first."""
+    """Runs of the suite whose names contain or match one of `only`, and first the runs whose models they use."""
     suite, runs = SUITES[suite], {}
     run_dir = run_dir or suite["run_dir"]
     words = {"run_dir": run_dir} | {k: v.format(run_dir=run_dir) for k, v in FLAGS.items()}
@@ -80,7 +80,7 @@ def sweep_files():
     """Path -> text of a grid sweep, env x seed, for the headline algorithm of each paper."""
     files = {}
     for row in (row for row in SUITES["paper"]["rows"] if row["name"] in SWEPT):
-        tasks = [task for task in tasks_of(row) if task not in TASKS["jumps"]]  # these have no official file
+        tasks = [task for task in tasks_of(row) if task not in TASKS["jumps"]]  # no official file
         sweep = {
             "program": f"algorithms/{row['script']}.py",
             "name": row["name"],

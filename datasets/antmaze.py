@@ -1,41 +1,41 @@
-"""D4RL's AntMaze data, made on this machine: D4RL's goal-reaching ant follows waypoints through the maze, noisily.
+"""Generates D4RL's AntMaze data: D4RL's goal-reaching ant follows noisy waypoints through the maze.
 
 Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py and d4rl/locomotion/maze_env.py.
 
-  1. A run has a start and a goal. umaze starts at R, all others in a random cell. The goal lies in one cell, that of
-     GOALS which is nearest to the evaluation's (umaze, play), or in any of GOALS (diverse).
-  2. At every step breadth-first search gives the next cell. The waypoint is its middle + U(0, 1) on each axis, drawn
-     anew; or the goal, once the next cell is the goal's.
-  3. D4RL's policy is told the way there; its action is sampled, moved by N(0, 0.2^2) and clipped.
-  4. After 1001 rows comes a reset. Nothing ends at a goal: the ant runs on about it.
-  5. Afterwards a goal of the evaluation is drawn, one for all rows; rewards and terminals are 1 where a step ends
-     within 0.5 of it.
+  1. A run has a start and a goal. umaze starts at R, all others in a random cell. The goal lies in the cell of GOALS
+     nearest to the evaluation's (umaze, play), or in any of GOALS (diverse).
+  2. At every step breadth-first search gives the next cell. The waypoint is a new point, its centre + U(0, 1) on each
+     axis, or the goal once the next cell is the goal's.
+  3. D4RL's policy gets the direction; its action is sampled, N(0, 0.2^2) is added, and the sum is clipped.
+  4. A run has 1001 rows. It does not end at its goal: the ant stays around it.
+  5. Afterwards one evaluation goal is sampled for all rows; rewards and terminals are 1 where a step ends within 0.5 of
+     it.
 
-    python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes of a core
-    python datasets/antmaze.py --task umaze --minari          # at once for Minari, too: --env rewind/antmaze/umaze-v0
+    python datasets/antmaze.py --task umaze                   # 1 000 000 steps, 10 minutes on one core
+    python datasets/antmaze.py --task umaze --minari          # also as a Minari dataset: --env rewind/antmaze/umaze-v0
     python algorithms/romi_bcq.py --env antmaze-umaze --dataset generated --eval-episodes 100
 
-The policy is D4RL's file ant_hierarch_pol.pkl, in $D4RL_DATASET_DIR or else downloaded from D4RL's server. It is read
-without executing it. Output: HDF5 in D4RL layout, and a .json with recipe, versions, statistics and sha256. Parts of
-100 runs are saved on the way, so repeating an interrupted command resumes it.
+The policy is D4RL's file ant_hierarch_pol.pkl, from $D4RL_DATASET_DIR or D4RL's server; it is read without executing
+it. Output: HDF5 in D4RL layout, and a .json with recipe, versions, statistics and sha256. Every 100 runs are saved, so
+repeating an interrupted command resumes it.
 
-`timeouts` are those of D4RL's v2 files: the last row of each run, whose successor is not in the file. Consecutive
-terminal rows are the ant near the rewarded goal. The Minari data set has an episode per run, with these flags.
+`timeouts` are as in D4RL's v2 files: the last row of each run, whose successor is not in the file. Consecutive terminal
+rows are the ant near the rewarded goal. The Minari dataset has one episode per run, with these flags.
 
-Differences from D4RL's files, which nobody here has seen: today's MuJoCo weighs capsules exactly, which changes a step
-by 0.8 % (RMS); the last row of a run is judged by where it led, theirs by the next start; there are no infos/qpos and
-infos/qvel.
+Differences from D4RL's files, which we have not seen: today's MuJoCo computes capsule masses exactly, which changes a
+step by 0.8 % (RMS); the reward of a run's last row depends on where it led, theirs on the next start; infos/qpos and
+infos/qvel are missing.
 
-Rewarded rows in a million; D4RL's are the episodes of its files less 1000 time limits. They depend on the goal of 5.,
-the range is that of 400 goals:
+Rewarded rows per million, which depend on the goal of step 5; D4RL's are the episodes of its files less 1000 time
+limits; range: over 400 goals.
 
              umaze             umaze-diverse  medium-play  medium-diverse  large-play  large-diverse
     D4RL     9154              36             9768         1959            12517       6189
     seed 0   169226            -              8681         2585            -           -
     range    26838 to 265513   -              49 to 11421  4 to 3972       -           -
 
-D4RL's script draws a run's goal from all of GOALS, in play as well. But medium-play's 9768 are more than any goal gives
-in diverse data, so play here keeps to one cell; --goals all does as the script.
+D4RL's script samples a run's goal from all of GOALS, also for play. But medium-play's 9768 are more than any goal gives
+in diverse data, so our play data use one cell; --goals all follows the script.
 """
 
 import collections
@@ -61,9 +61,9 @@ import utils
 from envs.antmaze import CELL, RADIUS, AntMaze, free_cells, goal_cell, middle, sample_goal
 from plumbing import NonNegative, Seed, UserError
 
-ROWS = 1001  # of a run: D4RL compares its counter with 1000 before it counts
+ROWS = 1001  # per run: D4RL checks its counter before it counts
 PART = 100  # runs per intermediate file
-GOALS = {  # cells that D4RL's maps for making data mark as goals; first the one nearest to the evaluation's
+GOALS = {  # goal cells of D4RL's maps for data generation, the nearest to the evaluation's first
     "umaze": [(3, 1)],
     "medium": [(6, 5), (2, 6), (5, 1)],
     "large": [(7, 9), (1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6)],
@@ -76,8 +76,8 @@ class Args:
     steps: PositiveInt = 1_000_000
     seed: Seed = 0
     noise: NonNegative = 0.2  # standard deviation of the action noise
-    goals: Literal["one", "all"] | None = None  # of the cells in GOALS; None: one for umaze and play, all for diverse
-    minari: bool = False  # also write a Minari data set
+    goals: Literal["one", "all"] | None = None  # cells of GOALS; None: one for umaze and play, all for diverse
+    minari: bool = False  # also write a Minari dataset
     out: Path = utils.GENERATED
     overwrite: bool = False  # replace files that were made with other settings
 
@@ -86,7 +86,7 @@ class Args:
 
 
 class Inert:
-    """What stands for every class and function that a pickle names: it keeps its state and does nothing."""
+    """Stands for every class and function named in the pickle: keeps its state and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
@@ -100,7 +100,7 @@ class Inert:
 
 
 class StubUnpickler(pickle.Unpickler):
-    """Reads the objects of rlkit that D4RL saved as Inert ones. Tensors become (storage key, offset, size, stride)."""
+    """Reads D4RL's rlkit objects as Inert ones; tensors become (storage key, offset, size, stride)."""
 
     def find_class(self, module, name):
         if (module, name) == ("collections", "OrderedDict"):
@@ -118,10 +118,10 @@ class StubUnpickler(pickle.Unpickler):
 
 
 def read_policy(path):
-    """[(weight, bias)] of the three layers in D4RL's file, float32; the last gives means, then log standard deviations.
+    """[(weight, bias)] of the three layers in D4RL's file, float32; the last has means, then log standard deviations.
 
-    A file of torch < 1.6: pickles of a magic number, a protocol, the system, the objects and a list of storage keys,
-    then the length and the float32 values of each storage.
+    The file has torch < 1.6's format: pickles of a magic number, a protocol, the system, the objects and a list of
+    storage keys, then the length and the float32 values of each storage.
     """
     try:
         with open(path, "rb") as f:
@@ -143,7 +143,7 @@ def read_policy(path):
 
 
 class Policy:
-    """D4RL's ant: a tanh-squashed Gaussian given the observation without x and y, and a direction of length 10."""
+    """D4RL's ant: a tanh-squashed Gaussian, given the observation without x, y and a direction vector of length 10."""
 
     def __init__(self, layers):
         self.layers = layers
@@ -161,26 +161,26 @@ class Policy:
 
 
 def cell_of(position):
-    """(row, column) as D4RL's search sees it: from the middle of a cell to the middle of the next, not its borders."""
+    """(row, column) as in D4RL's search, which rounds down from cell centre to cell centre, not at borders."""
     return tuple(int(1 + max(p, 1e-4) / CELL) for p in (position[1], position[0]))
 
 
 @functools.cache
 def next_cell(maze, cell, target):
-    """The next cell on a shortest way to the target, or the target where the ant is in it. Of equally short ways the
-    one that D4RL takes: its breadth-first search begins at the target and looks at neighbours in this order."""
+    """The next cell on a shortest path to the target, or the target if the ant is in it. Ties are broken as in D4RL,
+    whose breadth-first search starts at the target and visits neighbours in this order."""
     free, seen = set(free_cells(maze)), [target]
 
     def around(c):
         return [n for i, j in ((0, -1), (0, 1), (1, 0), (-1, 0)) if (n := (c[0] + i, c[1] + j)) in free]
 
-    for c in seen:  # it grows
+    for c in seen:  # grows in the loop
         seen += [n for n in around(c) if n not in seen]
     return target if cell == target else min(around(cell), key=seen.index, default=target)
 
 
 def waypoint(maze, position, goal, rng):
-    """Where to go from a position: a fresh point in the next cell, or the goal if that is the next cell or its own."""
+    """Waypoint from a position: a new point in the next cell, or the goal if it is in that cell or in this one."""
     target = cell_of(goal)
     cell = next_cell(maze, cell_of(position), target)
     return goal if cell == target else middle(cell) + rng.uniform(0, 1, 2)
@@ -192,7 +192,7 @@ def waypoint(maze, position, goal, rng):
 def run_ant(env, act, rng, noise, goals, random_start):
     """One run to a goal in one of the cells `goals`: obs (T+1, 29), act (T, 8), goal (2,)"""
     position = None
-    if random_start:  # in no cell that is a goal in D4RL's map
+    if random_start:  # not in a goal cell of D4RL's map
         cells = [cell for cell in free_cells(env.maze) if cell not in GOALS[env.maze]]
         position = middle(cells[rng.integers(len(cells))]) + rng.uniform(0, 1, 2)
     goal = sample_goal(goals[rng.integers(len(goals))], rng)
@@ -207,8 +207,8 @@ def run_ant(env, act, rng, noise, goals, random_start):
 
 
 def collect(settings, act, folder):
-    """Arrays in D4RL's layout, without rewards, and the next observations. Each run has a generator of its own, so that
-    those of parts that lie in the folder need not be made again."""
+    """Arrays in D4RL's layout, without rewards, and the next observations. Each run has its own generator, so that
+    saved parts can be skipped."""
     folder.mkdir(parents=True, exist_ok=True)
     task, steps, seed, noise, goals = (settings[k] for k in ("task", "steps", "seed", "noise", "goals"))
     env, num_runs, parts = AntMaze(task.split("-")[0]), -(-steps // ROWS), []
@@ -224,7 +224,7 @@ def collect(settings, act, folder):
         if part is None:
             runs = []
             for e in range(first, last):
-                # 1 + e: [seed, 0] would be the generator of the rewarded goal
+                # 1 + e: [seed, 0] is the generator of the rewarded goal
                 runs.append(run_ant(env, act, np.random.default_rng([seed, 1 + e]), noise, cells, task != "umaze"))
                 progress.update(min(ROWS, steps - e * ROWS))
             part = dict(zip(("obs", "act", "goals"), map(np.stack, zip(*runs, strict=True)), strict=True))
@@ -247,8 +247,8 @@ def relabel(arrays, goal):
 
 
 def statistics(arrays):
-    """Counts that are known of D4RL's files, too; the share of complete runs that reach their own goal, and in how many
-    steps (median)."""
+    """Counts that are also known for D4RL's files, the share of complete runs that reach their own goal, and the median
+    number of steps to it."""
     ends, rows = arrays["terminals"] | arrays["timeouts"], len(arrays["rewards"])
     begins = np.r_[True, ends[:-1]]
     stats = {"transitions": rows, "runs": int(arrays["timeouts"].sum()), "reward_rows": int(arrays["rewards"].sum())}
@@ -272,11 +272,11 @@ def main(args, act=None):
         there = plumbing.read_json(path.with_suffix(".json"))
         there |= there.get("versions", {})
         differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
-        if differ:  # training would go on with other data under the same name
+        if differ:  # training would continue with other data under the same name
             differ = ", ".join(differ)
-            raise UserError(f"{path} was made with other {differ}; give another --out, or --overwrite to replace it")
+            raise UserError(f"{path} was made with other {differ}; use another --out, or --overwrite to replace it")
         if not args.minari:
-            return print(f"{path} is there already; --overwrite makes it again", file=sys.stderr)
+            return print(f"{path} exists; --overwrite generates it again", file=sys.stderr)
     act = act or Policy(read_policy(utils.ant_policy()))
     goal = sample_goal(goal_cell(args.task.split("-")[0]), np.random.default_rng(args.seed))
     arrays = relabel(collect(settings, act, path.with_suffix(".parts")), goal)
@@ -285,7 +285,7 @@ def main(args, act=None):
     meta |= {"versions": plumbing.versions(mujoco, np, h5py)}
     if args.minari:
         env, name = f"Rewind/AntMaze-{args.task}-v2", f"rewind/antmaze/{args.task}-v0"
-        runs = arrays | {"ends": arrays["timeouts"]}  # an episode per row near the goal would be gigabytes
+        runs = arrays | {"ends": arrays["timeouts"]}  # one episode per row near the goal would take gigabytes
         utils.write_minari(name, runs, env, utils.REFERENCE["antmaze"], "waypoints", "datasets/antmaze.py", meta)
     del arrays["next_observations"]  # D4RL's files have none
     plumbing.write_hdf5(path, arrays, meta | {"args": {k: str(v) for k, v in asdict(args).items() if k != "out"}})

@@ -1,30 +1,30 @@
-"""D4RL's maze2d data, made on this machine: a planner drives the ball to random targets in one endless trajectory.
+"""Generates D4RL's maze2d data: a planner drives the ball to random targets in one endless trajectory.
 
 Recipe: Farama-Foundation/D4RL, scripts/generation/generate_maze2d_datasets.py, d4rl/pointmaze/waypoint_controller.py.
 
-  1. A target: a free cell, uniform.
-  2. Value iteration gives a path of cells to it; every waypoint but the last is moved by up to 0.2.
+  1. The target is a free cell, sampled uniformly.
+  2. Value iteration gives a path of cells to it; every waypoint but the last is shifted by up to 0.2.
   3. action = clip(10 (waypoint - position) - velocity) + N(0, 0.5^2), clipped again.
-  4. Within 0.1 of the target cell: the next target.
+  4. Within 0.1 of the target cell a new target is sampled.
 
     python datasets/maze2d.py --maze umaze               # 1 000 000 steps, both rewards, about half a minute
-    python datasets/maze2d.py --maze umaze --expert      # demonstrations: real episodes to the task's goal, no noise
-    python datasets/maze2d.py --maze umaze --minari      # also as a Minari data set: --env rewind/maze2d/umaze-v0
+    python datasets/maze2d.py --maze umaze --expert      # demonstrations: episodes to the task's goal, no noise
+    python datasets/maze2d.py --maze umaze --minari      # also as a Minari dataset: --env rewind/maze2d/umaze-v0
     python algorithms/romi_bcq.py --env maze2d-umaze --dataset generated
 
-Written as HDF5 in D4RL layout, sparse and dense reward, each with a .json that holds recipe, versions and sha256; with
---minari also as Minari data sets rewind/maze2d/<maze>[-dense][-expert]-v0, an episode per segment. `timeouts` mark the
-rows at which a target was reached, as in D4RL's files; the motion goes on across them. Rewards are those of the row's
-own position, as there; the environment pays for the position after the step (--reward-timing next writes those).
+Output: HDF5 in D4RL layout, with sparse and dense reward, each with a .json of recipe, versions and sha256. --minari
+also writes Minari datasets rewind/maze2d/<maze>[-dense][-expert]-v0, one episode per segment. As in D4RL's files,
+`timeouts` mark rows at which a target was reached, though the motion continues, and the reward is that of the row's own
+position; the environment rewards the position after the step (--reward-timing next writes that).
 
-D4RL's script goes on with a stale observation for a step after each reached target: the first row of a segment repeats
-the observation before it, its action was computed from that, and its transition spans two steps (1.1 % of the rows of
-umaze). So does this script, as the papers' data have it; --repaired makes data without it, named ..._repaired.
+D4RL's script continues with a stale observation after each reached target: the first row of a segment repeats the
+previous observation, its action is computed from it, and its transition spans two steps (1.1 % of umaze's rows). The
+papers' data have these rows, so this script makes them, too; --repaired data, named ..._repaired, do not have them.
 
 Differences from D4RL's script: the planner starts from the nearest free cell, which is the rounded position wherever
-that is free; the second condition for a reached waypoint, a step shorter than 0.1, always holds and is left out;
-infos/goal is the cell that is driven to, without D4RL's shift by up to 0.1, which does not enter the motion; infos/qpos
-and infos/qvel, the two halves of an observation, are not written.
+that is free; the second condition for reaching a waypoint, a step shorter than 0.1, always holds and is omitted;
+infos/goal is the target cell without D4RL's shift of up to 0.1, which does not affect the motion; infos/qpos and
+infos/qvel, the two halves of an observation, are omitted.
 """
 
 import functools
@@ -52,13 +52,13 @@ STEPS = {"umaze": 1_000_000, "medium": 2_000_000, "large": 4_000_000}
 @dataclass
 class Args:
     maze: Literal["umaze", "medium", "large"] = "umaze"
-    steps: PositiveInt | None = None  # None: as D4RL, 1, 2 or 4 million; with --expert 100 episodes
+    steps: PositiveInt | None = None  # None: as in D4RL, 1, 2 or 4 million; with --expert 100 episodes
     seed: Seed = 0
     noise: NonNegative | None = None  # standard deviation of the action noise; None: 0.5, with --expert 0
-    repaired: bool = False  # without the stale observation that follows a reached target in D4RL's script
-    expert: bool = False  # demonstrations: a reset and a new planner per episode, the task's goal, full length
-    reward_timing: Literal["same", "next"] | None = None  # which position pays; None: same, or next with --expert
-    minari: bool = False  # also write Minari data sets
+    repaired: bool = False  # without the stale observations of D4RL's script
+    expert: bool = False  # demonstrations: episodes of full length to the task's goal, each with a reset
+    reward_timing: Literal["same", "next"] | None = None  # position that is rewarded; None: same, or next with --expert
+    minari: bool = False  # also write Minari datasets
     out: Path = GENERATED  # $REWIND_DATASETS or ~/.rewind/datasets
     overwrite: bool = False  # replace files that were made with other settings
 
@@ -122,8 +122,8 @@ def trajectory(maze, steps, seed, noise, repaired=False):
         if ends[t]:
             target, since = cells[rng.integers(len(cells))], 0
         if repaired and ends[t]:
-            planner.target = None  # plan anew, also when the new target is the old one
-        if repaired or not ends[t]:  # D4RL's script forgets to look at where the last step led
+            planner.target = None  # plan again, even if the new target is the old one
+        if repaired or not ends[t]:  # D4RL's script does not update its observation here
             state = next_obs[t]
     return obs, next_obs, act, ends, targets
 
@@ -154,7 +154,7 @@ def main(args):
     paths = [args.out / f"maze2d_{args.maze}{dense}{suffix}.hdf5" for dense in ("", "_dense")]
     settings = {"steps": steps, "seed": args.seed, "noise": noise, "reward_timing": timing}
     settings |= {} if args.expert else {"repaired": args.repaired}
-    for path in () if args.overwrite else paths:  # training would go on with other data under the same name
+    for path in () if args.overwrite else paths:  # training would continue with other data under the same name
         if path.exists() and path.with_suffix(".json").exists():
             there = plumbing.read_json(path.with_suffix(".json"))
             differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
@@ -182,7 +182,7 @@ def main(args):
         plumbing.write_hdf5(path, arrays | (successors if args.expert else {}), facts | {"reward_mean": mean})
         of = f"{facts['transitions']} transitions, {facts['segments']} segments"
         print(f"{path}: {of}, mean reward {mean:.4f}", file=sys.stderr)
-        if args.minari:  # with successors, as the motion goes on across its ends
+        if args.minari:  # with successors, as the motion continues across its ends
             kind, script = f"{args.maze}{'-dense' * dense}", "datasets/maze2d.py"
             id, env = f"rewind/maze2d/{kind}{suffix.replace('_', '-')}-v0", f"Rewind/Maze2d-{kind}-v1"
             write_minari(id, arrays | successors, env, REFERENCE[f"maze2d-{kind}"], "planner", script, facts)

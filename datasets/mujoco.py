@@ -1,27 +1,27 @@
-"""Data for hopper, halfcheetah, walker2d and ant by D4RL's recipe, made on this machine: SAC, then its data sets.
+"""Generates data for hopper, halfcheetah, walker2d and ant by D4RL's recipe: trains SAC and records its policies.
 
 Paper: Haarnoja et al. 2018, arXiv:1812.05905 (SAC with learnt temperature).  Recipe: D4RL (Fu et al. 2020, 2004.07219).
 
   random          uniform actions
-  medium          one frozen policy at about a third of expert return, actions sampled
-  medium-replay   everything the SAC run saw until its policy was "medium"
+  medium          a policy with about a third of the expert's return, actions sampled
+  medium-replay   all transitions of the SAC run until its policy was "medium"
   expert          the policy at the end of the SAC run, actions sampled
   medium-expert   medium, then expert
-  jump, angle     everything the SAC run saw (halfcheetah, ant), with the reward of MOPO's tasks (envs/relabelled.py);
-                  the agent of jump is itself trained on another reward, to run no faster than 3 m/s
+  jump, angle     all transitions of the SAC run (halfcheetah, ant) with the reward of MOPO's task (envs/relabelled.py);
+                  jump's agent is itself trained on another reward, to run no faster than 3 m/s
 
     python datasets/mujoco.py --env hopper --kinds medium-replay                 # about half an hour on 2 cores
     python datasets/mujoco.py --env halfcheetah                                  # the first five; a night
     python algorithms/romi_cql.py --env hopper-medium --dataset generated
 
-Each data set is written as HDF5 in D4RL layout, with a .json beside it that holds recipe, versions, seed, returns and
-sha256, and as a Minari data set `rewind/<env>/<kind>-v0`. Repeating the command resumes an interrupted run and skips
-finished data sets. Differences from D4RL:
+Each dataset is written as HDF5 in D4RL layout, with a .json of recipe, versions, seed, returns and sha256, and as a
+Minari dataset `rewind/<env>/<kind>-v0`. Repeating the command resumes an interrupted run and skips finished datasets.
+Differences from D4RL:
   1. Gymnasium's v4 robots on today's MuJoCo (hopper and ant with corrected contact margins, utils.make_env), not
      mujoco-py. Scores on this data are therefore reported as `generated` or `bundled`, never as D4RL's.
   2. "medium" is the first evaluation (10 episodes, deterministic actions) whose mean return lies in --medium-band; D4RL
      says only "about a third of expert".
-  3. Only complete episodes are kept everywhere, so no file ends in a fragment.
+  3. Only complete episodes are kept, so no file ends in a fragment.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-# This file has the name of a package it needs: its own folder must not be searched, the project's root must.
+# This file has the name of a package it imports: search the project's root, not this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import gymnasium
@@ -62,31 +62,31 @@ D4RLS = ("random", "medium", "medium-replay", "expert", "medium-expert")
 class Args:
     # --- experiment ---
     env: Literal["hopper", "halfcheetah", "walker2d", "ant"] = "hopper"  # robot: Gymnasium's v4
-    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = D4RLS  # data sets: D4RL's five, jump or angle
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = D4RLS  # datasets: D4RL's five, jump or angle
     seed: Seed = 0
     out: Path = GENERATED  # $REWIND_DATASETS or ~/.rewind/datasets; SAC's checkpoints are kept below it
-    minari: bool = True  # also write Minari data sets
+    minari: bool = True  # also write Minari datasets
     infos: bool = True  # also record qpos and qvel, as D4RL does
-    num_threads: PositiveInt = 1  # a second core does not speed up networks this small; run another seed on it
+    num_threads: PositiveInt = 1  # a second core does not speed up such small networks; run another seed on it
 
     # --- data ---
     steps: PositiveInt = 1_000_000  # transitions of random, medium and expert
     medium_band: tuple[float, float] = (0.406, 0.498)  # of the return, 0 for D4RL's random and 1 for its expert policy
-    min_replay: NonNegativeInt = 0  # the policy is not called medium before this many environment steps
+    min_replay: NonNegativeInt = 0  # earliest environment step at which a policy can be medium
 
     # --- SAC ---
-    total_steps: PositiveInt = 1_000_000  # environment steps; reached only when expert, jump or angle is asked for
-    updates_per_step: Positive = 1.0  # below 1 the policy becomes medium later and the replay is larger
+    total_steps: PositiveInt = 1_000_000  # environment steps; reached only for expert, jump or angle
+    updates_per_step: Positive = 1.0  # below 1 the policy becomes medium later, and the replay is larger
     random_steps: NonNegativeInt = 5_000  # uniform actions at the start
     batch_size: PositiveInt = 256
     gamma: Share = 0.99
     tau: Share = 0.005
-    lr: Positive = 3e-4  # Adam; policy, Q functions and temperature alike
+    lr: Positive = 3e-4  # for policy, Q functions and temperature
     hidden: PositiveInt = 256  # width of the two hidden layers
     eval_every: PositiveInt = 5_000  # environment steps
     eval_episodes: PositiveInt = 10
     checkpoint_every: PositiveInt = 20_000  # environment steps; written at the next episode end
-    keep_policies: bool = False  # keep the policy of every checkpoint from now on, as policy_<step>.pt beside it
+    keep_policies: bool = False  # also keep every checkpoint's policy from now on, as policy_<step>.pt
 
 
 # --- networks ---
@@ -113,7 +113,7 @@ class Policy(nn.Module):
 
 
 class DoubleQ(nn.Module):
-    """Both Q functions in one set of weights with a leading axis of 2."""
+    """Both Q functions, with a leading axis of 2 in their weights."""
 
     def __init__(self, obs_dim, act_dim, hidden):
         super().__init__()
@@ -132,7 +132,7 @@ class DoubleQ(nn.Module):
 
 
 def descend(opt, loss):
-    """One gradient step of the optimizer's own parameters; nothing else gets a gradient."""
+    """One gradient step on the optimizer's parameters; no other parameter gets a gradient."""
     opt.zero_grad()
     loss.backward(inputs=[p for group in opt.param_groups for p in group["params"]])
     opt.step()
@@ -159,7 +159,7 @@ class SAC:
         with torch.no_grad():
             next_act, next_log_prob, _ = self.policy(next_obs)
             next_q = self.target_qf(next_obs, next_act).amin(0) - self.log_alpha.exp() * next_log_prob
-            target_q = rew + self.gamma * (1 - terminated) * next_q  # time limits do bootstrap
+            target_q = rew + self.gamma * (1 - terminated) * next_q  # time limits bootstrap
         return (self.qf(obs, act) - target_q).square().mean(1).sum()
 
     def update(self, obs, act, rew, next_obs, terminated):
@@ -181,14 +181,14 @@ class SAC:
         self.log_alpha.data.copy_(state["log_alpha"])
 
 
-# --- data sets ---
+# --- datasets ---
 
 FLAGS = ("terminals", "timeouts")
 KEYS = ("observations", "actions", "rewards", "next_observations", *FLAGS, "infos/qpos", "infos/qvel")
 
 
 def as_arrays(rows):
-    """Arrays from rows of values in the order of KEYS."""
+    """Arrays from rows with values in the order of KEYS."""
     columns = zip(KEYS, zip(*rows, strict=True), strict=True)
     return {k: np.asarray(column, bool if k in FLAGS else np.float32) for k, column in columns}
 
@@ -222,7 +222,7 @@ def episode_returns(data):
     return np.add.reduceat(data["rewards"].astype(np.float64), np.r_[0, ends[:-1]]), np.diff(np.r_[0, ends])
 
 
-# Flags that change no data.
+# Flags that do not affect the data.
 IDLE = {"kinds", "minari", "checkpoint_every", "keep_policies", "out", "num_threads"}
 
 
@@ -231,7 +231,7 @@ def as_json(args):
 
 
 def other_settings(path, kind, args):
-    """Flags with which the data set that is there was made, where they matter to its kind and differ from `args`."""
+    """Flags of the existing dataset that affect its kind and differ from `args`."""
     mine, theirs = as_json(args), plumbing.read_json(path.with_suffix(".json")).get("args", {})
     idle = set(IDLE)
     if kind in ("medium-replay", *RELABELLED):
@@ -245,7 +245,7 @@ def other_settings(path, kind, args):
 
 
 def write(path, data, facts, args):
-    """HDF5 in D4RL layout, and the sheet of facts beside it."""
+    """Write HDF5 in D4RL layout, and the .json beside it."""
     returns, lengths = episode_returns(data)
     facts = facts | {
         "environment": make_env(args.env).spec.id,
@@ -260,7 +260,7 @@ def write(path, data, facts, args):
         "args": {k: v for k, v in as_json(args).items() if k not in ("out", "num_threads")},
     }
     facts |= {f"return_{k}": float(getattr(returns, k)()) for k in ("mean", "std", "min", "max")}
-    if args.minari and facts["kind"] not in RELABELLED:  # Minari cannot store their environment, a wrapper of ours
+    if args.minari and facts["kind"] not in RELABELLED:  # Minari cannot store our wrapper of their environment
         write_minari(f"rewind/{args.env}/{facts['kind']}-v0", data, facts, args)
     arrays = {k: v for k, v in data.items() if args.infos or not k.startswith("infos/")}
     plumbing.write_hdf5(path, arrays, facts, level=9, attributes=("environment", "margins", "recipe", "seed"))
@@ -281,7 +281,7 @@ def write_minari(dataset_id, data, facts, args):
 
 @dataclass
 class Run:
-    """What has to survive a kill beside networks, replay and random numbers."""
+    """State to save besides networks, replay and random states."""
 
     step: int = 0
     episode: int = 0
@@ -298,7 +298,7 @@ def write_checkpoint(path, state):
 
 
 def train(args, folder):
-    """SAC until its policy is medium, or to the end if a kind needs it; returns agent, run, replay, medium policy."""
+    """Train SAC until its policy is medium, or to the end if needed; returns agent, run, replay, medium policy."""
     to_the_end = bool({"expert", "medium-expert", *RELABELLED} & set(args.kinds))
     env, eval_envs = make_env(args.env), [make_env(args.env) for _ in range(args.eval_episodes)]
     if "jump" in args.kinds:
@@ -329,7 +329,7 @@ def train(args, folder):
     saved_at, evaluated_at = run.step, run.evals[-1][0] if run.evals else 0
     low, high = REFERENCE[args.env]
     bar = plumbing.progress(args.total_steps, f"SAC {args.env} seed {args.seed}", "step", run.step)
-    # Evaluations and checkpoints come between episodes: no simulator state is saved, the replay holds whole episodes.
+    # Evaluate and save between episodes: no simulator state to save, and the replay holds whole episodes.
     while run.step < args.total_steps and (to_the_end or not run.medium_at):
         run.episode += 1
         obs, _ = env.reset(seed=args.seed * 1_000_000 + run.episode)
@@ -379,7 +379,7 @@ def main(args):
     if wrong := [kind for kind in args.kinds if RELABELLED.get(kind, args.env) != args.env]:
         raise UserError(f"--kinds {wrong[0]}: is a task of {RELABELLED[wrong[0]]}, not of {args.env}")
     if "jump" in args.kinds and len(args.kinds) > 1:
-        raise UserError("--kinds jump: make it by itself, its agent is trained on another reward")
+        raise UserError("--kinds jump: generate it alone: its agent is trained on another reward")
     plumbing.start(SimpleNamespace(**asdict(args), device="cpu", compile=False))
     torch.manual_seed(args.seed)
     paths = {kind: args.out / f"{args.env}_{kind.replace('-', '_')}.hdf5" for kind in args.kinds}
@@ -388,16 +388,16 @@ def main(args):
         if other := other_settings(paths[kind], kind, args):
             how = "remove it (and its .json), or give another --out"
             raise UserError(f"{paths[kind]} was made with {', '.join(other)}; {how}")
-        print(f"{paths[kind]} is there already")
+        print(f"{paths[kind]} exists")
     if not todo:
         if args.keep_policies:
-            print("--keep-policies: nothing is trained, so nothing is kept; give another --out")
+            print("--keep-policies: nothing is trained, so no policies are kept; use another --out")
         return
 
     run, facts = None, {"seed": args.seed}
     if set(todo) - {"random"}:
         settings = {k: v for k, v in as_json(args).items() if k not in IDLE | {"steps", "infos"}}
-        settings |= {"jump": "jump" in args.kinds}  # these decide the SAC run
+        settings |= {"jump": "jump" in args.kinds}  # these determine the SAC run
         tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         agent, run, replay, medium = train(args, args.out / f"sac-{args.env}-{args.seed}-{tag}")
         if set(todo) & {"medium", "medium-replay", "medium-expert"} and not run.medium_at:
@@ -408,7 +408,7 @@ def main(args):
             facts |= {"medium_at": run.medium_at, "medium_eval_return": run.medium_return}
 
     def collected(kind):
-        """Data of uniform actions or of a frozen policy; they do not depend on which others are asked for."""
+        """Data of uniform actions or of a frozen policy, whatever other kinds are requested."""
         torch.manual_seed(args.seed + 1)
         rng, env = np.random.default_rng(args.seed + 1), make_env(args.env)
         widths = env.observation_space.shape + env.action_space.shape
@@ -425,7 +425,7 @@ def main(args):
         return collect(args.env, act, args.steps, (args.seed + 1) * 10_000_000, kind)
 
     made = {}  # kind -> data, of what medium-expert may need
-    for kind in sorted(todo, key=lambda kind: kind == "medium-expert"):  # last: its halves may be there by then
+    for kind in sorted(todo, key=lambda kind: kind == "medium-expert"):  # last, when its halves may exist
         if kind == "medium-expert":
             halves = [made[half] if half in made else collected(half) for half in ("medium", "expert")]
             data, recipe = {k: np.concatenate([half[k] for half in halves]) for k in KEYS}, "medium, then expert"

@@ -1,17 +1,16 @@
-"""D4RL's AntMaze on today's MuJoCo: a four-legged robot in a maze of cells of 4 m.
+"""D4RL's AntMaze on today's MuJoCo: a four-legged robot in a maze of 4 m cells.
 
-    import gymnasium, envs.antmaze   # the import registers Rewind/AntMaze-<task>-v2, of the six tasks in TASKS
+    import gymnasium, envs.antmaze   # the import registers Rewind/AntMaze-<task>-v2 for the six tasks in TASKS
     env = gymnasium.make("Rewind/AntMaze-medium-play-v2", render_mode="rgb_array")
 
-The model is built from the facts of D4RL's (Farama-Foundation/D4RL, d4rl/locomotion): an environment step is five
-physics steps of 0.02 s (RK4), an action of 1 a torque of 30. It follows MuJoCo 2.2.0 to 1e-15 on 2.3.7 and 1e-4 on
-4.0.0 (medians of a step). Gymnasium-Robotics' AntMaze is another robot with another clock, in mirror images of these
-mazes.
+The model has D4RL's parameters (Farama-Foundation/D4RL, d4rl/locomotion): an environment step is five physics steps of
+0.02 s (RK4), an action of 1 a torque of 30. Its median one-step error against MuJoCo 2.2.0 is 1e-15 on 2.3.7 and 1e-4
+on 4.0.0. Gymnasium-Robotics' AntMaze has a different robot, a different time step and mirrored mazes.
 
-Observation: x, y, z, quaternion, 8 joint angles, then their 14 velocities; the goal is not in it. The cell in row r and
-column c of a map has its middle at x = 4 (c - 1), y = 4 (r - 1): the start R is the origin, y grows downwards. At each
-reset, as in D4RL's v2, the goal is drawn anew: the middle of G plus U(0, 1) + U(0, 0.5) on each axis. The reward is 1,
-and the episode ends, where a step ends within 0.5 of it. The tasks of a maze differ in their data only.
+Observation: x, y, z, quaternion, 8 joint angles, then their 14 velocities, but not the goal. The cell in row r and
+column c of a map is centred at x = 4 (c - 1), y = 4 (r - 1): the start R is the origin, y points down. At each reset a
+goal is sampled, as in D4RL's v2: the centre of G plus U(0, 1) + U(0, 0.5) on each axis. A step that ends within 0.5 of
+it gets reward 1 and ends the episode. Tasks in the same maze differ only in their data.
 """
 
 import gymnasium
@@ -60,7 +59,7 @@ def sample_goal(cell, rng):
 
 
 def mujoco_model(maze):
-    # Directions of the legs; axis and range of the ankles, whose sign decides which way they bend.
+    # Directions of the legs; axis and range of the ankles, whose sign sets which way they bend.
     legs = (
         (1, (1, 1), "-1 1 0", "30 70"),
         (2, (-1, 1), "1 1 0", "-70 -30"),
@@ -110,14 +109,14 @@ def mujoco_model(maze):
       </worldbody>
       <actuator>{motors}</actuator>
     </mujoco>""")
-    # MuJoCo 3.5 began to add the margins of two geoms where it had taken the larger one.
+    # Since MuJoCo 3.5 the margins of two geoms add up; before, the larger one counted.
     if tuple(int(n) for n in mujoco.__version__.split(".")[:2]) >= (3, 5):
         model.geom_margin[:] /= 2
     return model
 
 
 class AntMaze(gymnasium.Env):
-    """antmaze-*-v2 of D4RL: fixed start cell, a goal anew at each reset, the end where it is reached."""
+    """antmaze-*-v2 of D4RL: fixed start cell, a new goal at each reset, terminal when it is reached."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
@@ -135,7 +134,7 @@ class AntMaze(gymnasium.Env):
         return self.start(self.np_random), {}
 
     def start(self, rng, position=None):
-        """Reset with D4RL's noise, about the origin or with x, y exactly at `position`; the first observation."""
+        """Reset with D4RL's noise, around the origin or with x, y exactly at `position`; returns the observation."""
         qpos = self.model.qpos0 + rng.uniform(-0.1, 0.1, 15)
         if position is not None:
             qpos[:2] = position
@@ -161,7 +160,7 @@ class AntMaze(gymnasium.Env):
         image, draw, place = top_view(self.maze, 80)
         (x, y), r = place(self.goal), 80 * RADIUS / CELL
         draw.ellipse([x - r, y - r, x + r, y + r], "limegreen")
-        shown = mujoco.MjData(self.model)  # a copy, so that to look changes nothing
+        shown = mujoco.MjData(self.model)  # a copy, so that rendering changes nothing
         shown.qpos[:] = self.data.qpos
         mujoco.mj_kinematics(self.model, shown)
         for i in np.flatnonzero(self.model.geom_bodyid)[::-1]:  # the torso last
@@ -176,7 +175,7 @@ class AntMaze(gymnasium.Env):
 
 
 def top_view(maze, scale):
-    """Picture of a maze with the region of its goals, a pen for it, and the map from positions (x, y) to pixels."""
+    """Image of a maze with its goal region, its ImageDraw, and a function from positions (x, y) to pixels."""
     from PIL import Image, ImageDraw
 
     lines = MAZES[maze]
@@ -195,25 +194,25 @@ def top_view(maze, scale):
 
 
 def goal_region(maze, place):
-    """Pixels (left, top, right, bottom) of all positions that some goal rewards."""
+    """Pixels (left, top, right, bottom) of all positions within reach of some goal."""
     x, y = middle(goal_cell(maze))
     return [*place((x - RADIUS, y - RADIUS)), *place((x + 1.5 + RADIUS, y + 1.5 + RADIUS))]
 
 
 def view_trajectories(maze, trajectories, scale=80):
-    """Top view with a line per trajectory, arrays (T, 29) in forward time, from blue at its start to red at its end."""
+    """Top view with a line per trajectory, arrays (T, 29) in forward time, from blue (start) to red (end)."""
     image, draw, place = top_view(maze, scale)
     draw_lines(draw, place, trajectories, scale)
     region, radius = goal_region(maze, place), scale * RADIUS / CELL
-    draw.rounded_rectangle(region, radius, outline="green", width=scale // 40)  # seen under any crowd
+    draw.rounded_rectangle(region, radius, outline="green", width=scale // 40)  # visible under any number of lines
     return image
 
 
 def replay_error(maze, obs, act, next_obs):
     """Replay imagined chains in the true simulator: obs, next_obs (C, h, 29), act (C, h, 8) in forward time.
 
-    Returns two means of the Euclidean distance between imagined and simulated state, in all 29 entries alike: after one
-    step, begun in every imagined state in turn, and after all h, begun in the first.
+    Returns two mean Euclidean distances between imagined and simulated state, over all 29 entries: after one step from
+    each imagined state, and after all h steps from the first.
     """
     env = AntMaze(maze)
 
@@ -221,7 +220,7 @@ def replay_error(maze, obs, act, next_obs):
         return env.set_state(np.concatenate([o[:3], o[3:7] / max(np.linalg.norm(o[3:7]), 1e-9), o[7:15]]), o[15:])
 
     handler = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)  # imagined states may be such that the simulation explodes
+    mujoco.set_mju_user_warning(lambda message: None)  # the simulation may explode in imagined states
     try:
         return replay(env, begin, obs, act, next_obs)
     finally:

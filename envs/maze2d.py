@@ -3,15 +3,15 @@
     import gymnasium, envs.maze2d    # the import registers Rewind/Maze2d-{umaze,medium,large}[-dense]-v1
     env = gymnasium.make("Rewind/Maze2d-umaze-v1", render_mode="rgb_array")
 
-The model is built in D4RL's coordinates from its facts (Farama-Foundation/D4RL, d4rl/pointmaze), with two corrections
-without which wall contact differs on today's MuJoCo. In free motion a step is, to 1e-15, the closed form
+The model has D4RL's coordinates and parameters (Farama-Foundation/D4RL, d4rl/pointmaze), and two corrections for wall
+contact on today's MuJoCo. In free motion a step equals, to 1e-15, the closed form
 
     c = clip(v, -5, 5),   v' = c + h (f a - d c) / (m + h d),   x' = x + h v'
     h = 0.01 s, f = 100 N, d = 1 N s/m (damping), m = 4.18879 kg
 
-Observation: x (row direction), y (column direction) in m, their velocities in m/s; the middle of cell (i, j) is at
-(i - 0.2, j - 0.2). The task never terminates. Reward of the state after the step: 1 within 0.5 of the goal, or
-exp(-distance).
+Observation: x (row direction), y (column direction) in m, their velocities in m/s; cell (i, j) is centred at
+(i - 0.2, j - 0.2). The task never terminates. The reward depends on the state after the step: 1 within 0.5 of the goal,
+or exp(-distance).
 """
 
 import gymnasium
@@ -37,7 +37,7 @@ MAX_STEPS = {"umaze": 300, "medium": 600, "large": 800}
 
 
 def free_cells(maze):
-    """(row, column) of every cell without a wall, the goal's among them."""
+    """(row, column) of every cell without a wall, including the goal's."""
     return [(i, j) for i, line in enumerate(MAZES[maze]) for j, cell in enumerate(line) if cell != "#"]
 
 
@@ -74,11 +74,11 @@ def mujoco_model(maze):
         <motor joint="y" gear="100" ctrllimited="true" ctrlrange="-1 1"/>
       </actuator>
     </mujoco>""")
-    # MuJoCo 3.5 began to add the margins of two geoms where it had taken the larger one.
+    # Since MuJoCo 3.5 the margins of two geoms add up; before, the larger one counted.
     ball = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_GEOM, "ball")
     model.geom_margin[:] = 0
     model.geom_margin[ball] = 0.002
-    # MuJoCo 3.0 changed the inverse weight of a sliding body, which scales the softness of contact, from 2/(3m) to 1/m.
+    # MuJoCo 3.0 changed a sliding body's inverse weight, which scales contact softness, from 2/(3m) to 1/m.
     body = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, "ball")
     model.body_invweight0[body, 0] = 2 / (3 * model.body_mass[body])
     return model
@@ -132,7 +132,7 @@ class Maze2d(gymnasium.Env):
 
 
 def top_view(maze, scale):
-    """Picture of a maze with its goal, a pen for it, and the map from observed positions (x, y) to pixels."""
+    """Image of a maze with its goal, its ImageDraw, and a function from observed positions (x, y) to pixels."""
     from PIL import Image, ImageDraw
 
     lines = MAZES[maze]
@@ -143,7 +143,7 @@ def top_view(maze, scale):
             if cell == "#":
                 draw.rectangle([scale * j, scale * i, scale * (j + 1) - 1, scale * (i + 1) - 1], "gray")
 
-    def place(position):  # the middle of cell (i, j) is the position (i - 0.2, j - 0.2)
+    def place(position):  # cell (i, j) is centred at (i - 0.2, j - 0.2)
         return scale * (position[1] + 0.7), scale * (position[0] + 0.7)
 
     y, x = place(goal_cell(maze))
@@ -161,12 +161,12 @@ def draw_lines(draw, place, trajectories, scale):
 
 
 def view_trajectories(maze, trajectories, scale=80):
-    """Top view with a line per trajectory, arrays (T, 4) in forward time, from blue at its start to red at its end."""
+    """Top view with a line per trajectory, arrays (T, 4) in forward time, from blue (start) to red (end)."""
     image, draw, place = top_view(maze, scale)
     draw_lines(draw, place, trajectories, scale)
     y, x = place(goal_cell(maze))
     goal = [y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2]
-    draw.ellipse(goal, outline="green", width=scale // 40)  # seen under any crowd
+    draw.ellipse(goal, outline="green", width=scale // 40)  # visible under any number of lines
     return image
 
 
@@ -190,15 +190,15 @@ def view_states(maze, groups, scale=60):
 def replay_error(maze, obs, act, next_obs):
     """Replay imagined chains in the true simulator: obs, next_obs (C, h, 4), act (C, h, 2) in forward time.
 
-    Returns two means of the Euclidean distance between imagined and simulated state, in all four entries alike: after
-    one step, begun in every imagined state in turn, and after all h, begun in the first.
+    Returns two mean Euclidean distances between imagined and simulated state, over all four entries: after one step
+    from each imagined state, and after all h steps from the first.
     """
     env = Maze2d(maze)
     return replay(env, lambda o: env.set_state(o[:2], o[2:]), obs, act, next_obs)
 
 
 def replay(env, begin, obs, act, next_obs):
-    """replay_error in an environment that `begin` puts into an imagined state (O,)."""
+    """replay_error in an environment that `begin` sets to an imagined state (O,)."""
     one, all_steps = [], []
     for o, a, n in zip(obs, act, next_obs, strict=True):
         for t in range(len(a)):

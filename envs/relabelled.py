@@ -1,20 +1,20 @@
-"""MOPO's two tasks whose reward differs from the one that the data-collecting agent was trained on."""
+"""MOPO's two tasks whose reward differs from that of the agent that collected the data."""
 
 import gymnasium
 import numpy as np
 
 
 def relabelled_reward(kind, act, next_obs):
-    """Reward of the tasks that MOPO made of a running agent's data; act (..., A), next_obs (..., O) -> (...).
+    """Rewards of MOPO's tasks with a running agent's data; act (..., A), next_obs (..., O) -> (...).
 
     run   (halfcheetah)  min(v_x, 3) - 0.1 |a|^2, the training reward of the agent that collected jump's data
     jump  (halfcheetah)  min(v_x, 3) + 15 z - 0.1 |a|^2 (z: height above the nominal pose)
     angle (ant)          1 + v_x cos 30° + v_y sin 30° - 0.5 |a|^2: run, but 30 degrees to the left
 
     Speed limit, factor and costs: gwthomas/force, env/mujoco (by one of MOPO's authors); direction: MOPO's slides.
-    Ours: velocities in m/s and heights in m are those of the state after the step, not means over it; z counts from the
-    nominal pose (there from the height at the episode's reset, which an observation does not hold; it moves returns by
-    some 900); the ant is paid 1 for every step alive, as in Ant-v4, and pays nothing for contacts (sources differ).
+    Ours: velocities (m/s) and heights (m) are those after the step, not means over it; z is relative to the nominal
+    pose (there: to the height at reset, which observations do not contain; this shifts returns by some 900); the ant
+    gets 1 per step alive, as in Ant-v4, and no contact cost (sources differ).
     """
     cost = (act**2).sum(-1)
     if kind in ("run", "jump"):
@@ -23,7 +23,7 @@ def relabelled_reward(kind, act, next_obs):
 
 
 class Relabelled(gymnasium.Wrapper):
-    """The robot with the reward of another task."""
+    """A robot with the reward of another task."""
 
     def __init__(self, env, kind):
         super().__init__(env)

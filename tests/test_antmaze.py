@@ -410,7 +410,7 @@ def test_data_of_other_settings_are_not_replaced_by_the_way(make, tmp_path, caps
     make()
     before = (tmp_path / "data" / "antmaze_umaze.hdf5").stat().st_mtime_ns
     make()
-    assert "is there already" in capsys.readouterr().err
+    assert "exists; --overwrite" in capsys.readouterr().err
     assert (tmp_path / "data" / "antmaze_umaze.hdf5").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"other steps \(100 there, here 90\), noise \(0.2 there, here 0.1\)"):
         make(steps=90, noise=0.1)
@@ -499,4 +499,4 @@ def test_a_wrong_estimate_of_the_goal_is_told(capsys):
         after[:, 0], after[0, 0], after[1, 0] = 9.0, 0.0, apart
         data = utils.Dataset(next_obs=after, terminated=ends.float(), path="x.hdf5", **rows)
         romi_bcq.termination_fn(parse_task("antmaze-umaze"), data, romi_bcq.Args())
-        assert ("x.hdf5: the rule for the end of antmaze is wrong for 2.0%" in capsys.readouterr().err) == told
+        assert ("x.hdf5: the termination rule of antmaze is wrong for 2.0%" in capsys.readouterr().err) == told

@@ -240,7 +240,7 @@ def test_keeping_policies_is_no_other_run(collector, tmp_path):
     (tmp_path / "hopper_expert.hdf5").unlink()
     run(collector, kinds=("expert",), out=tmp_path, keep_policies=True)
     assert [*tmp_path.glob("sac-*")] == [folder] and len([*folder.glob("policy_*.pt")]) == 1
-    run(collector, kinds=("expert",), out=tmp_path)  # nor another data set
+    run(collector, kinds=("expert",), out=tmp_path)  # nor another dataset
     (tmp_path / "hopper_expert.hdf5").unlink()
     checkpoint = folder / "checkpoint.pt"
     content = bytearray(checkpoint.read_bytes())
@@ -280,7 +280,7 @@ def test_killed_command_gives_the_same_data(collector, tmp_path, capsys):
         with pytest.raises(UserError, match=message):  # a trial is not the real data
             run(collector, kinds=(kind,), out=tmp_path / "cut")
     run(collector, out=tmp_path / "cut", **flags)
-    assert capsys.readouterr().out.count("is there already") == 2 and path.stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("exists") == 2 and path.stat().st_mtime_ns == before
 
 
 def test_data_sets_do_not_depend_on_which_others_are_made(collector, tmp_path):
@@ -301,7 +301,7 @@ def test_data_sets_do_not_depend_on_which_others_are_made(collector, tmp_path):
 def test_flags_that_lead_nowhere_are_refused(collector, tmp_path):
     wrong = {"--medium-band": {"kinds": ("medium-replay",), "medium_band": (8, 9)}, "of hopper": {"kinds": ("jump",)}}
     wrong |= {"--total-steps 600: must exceed --random-steps 600": {"total_steps": 600}, "--steps 0": {"steps": 0}}
-    wrong |= {"by itself": {"env": "halfcheetah", "kinds": ("jump", "random")}}
+    wrong |= {"generate it alone": {"env": "halfcheetah", "kinds": ("jump", "random")}}
     for message, flags in wrong.items():
         with pytest.raises(UserError, match=message):
             run(collector, out=tmp_path, **flags)

@@ -530,11 +530,11 @@ def test_settings_that_cannot_work_are_refused():
         with pytest.raises(UserError, match="rate is 0"):
             resolved(m, "--total-updates", "3000001")
         assert resolved(m, "--total-updates", "3000001", "--policy-lr-decay", "0").policy_lr_decay == 0
-        with pytest.raises(UserError, match="not one row"):
+        with pytest.raises(UserError, match="leaves no imagined rows"):
             resolved(m, "--model-ratio", "1e-9")
     with pytest.raises(UserError, match="not one real row"):
         resolved(combo, "--model-ratio", "1")
-    with pytest.raises(UserError, match="can disagree"):
+    with pytest.raises(UserError, match="needs an ensemble"):
         resolved(mopo, "--penalty", "pairwise_diff", "--ensemble-size", "1", "--num-elites", "1")
 
 

@@ -97,7 +97,7 @@ def test_names_numbers_and_paths_that_cannot_be(command, tmp_path):
 def test_signals_end_a_run_with_a_message(command, monkeypatch, number):
     monkeypatch.setattr(m, "evaluate", lambda *_: os.kill(os.getpid(), number))
     code, lines = command()
-    assert code == 130 and [x for x in lines if x.startswith("interrupted; the same command goes on")]
+    assert code == 130 and [x for x in lines if x.startswith("interrupted; repeat the command to resume")]
 
 
 def test_a_copy_in_a_folder_of_any_name_trains_with_closed_streams(data_file, tmp_path):  # noqa: F811

@@ -508,7 +508,7 @@ WRONG = {"batch_size": 0, "gamma": 1.5, "qf_lr": -1.0, "tau": math.nan, "model_r
 WRONG |= {"dynamics_weight_decay": (0.1,), "hidden": (32, 0), "holdout_ratio": 1.0, "num_elites": 8}  # of 7 members
 
 
-@pytest.mark.parametrize("flag, value", [*WRONG.items(), ("model_ratio", 1e-4)])  # not one row of a batch
+@pytest.mark.parametrize("flag, value", [*WRONG.items(), ("model_ratio", 1e-4)])  # leaves no imagined rows of a batch
 def test_settings_that_cannot_work_are_refused_by_name(flag, value):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} "):
         m.resolve(m.Args(**{flag: value}), parse_task("hopper-medium-replay"))
@@ -529,7 +529,7 @@ def test_a_rule_for_ends_that_the_data_contradict_is_refused_unless_switched_off
     fallen = Dataset(terminated=flags, trajectory=torch.arange(100), path="x.hdf5", **rows)
     task = parse_task("hopper-medium")
     with pytest.raises(
-        UserError, match=r"x\.hdf5: the rule for the end of hopper is wrong for 5\.0% .*--no-imagined-ends"
+        UserError, match=r"x\.hdf5: the termination rule of hopper is wrong for 5\.0% .*--no-imagined-ends"
     ):
         m.termination_fn(task, fallen, m.Args())
     assert not m.termination_fn(task, fallen, m.Args(imagined_ends=False))(obs, None, obs).any()

@@ -220,7 +220,7 @@ def test_steps_yields_what_is_left_and_restores_objects_and_random_numbers(tmp_p
     assert list(third.steps("phase", 10, 4, net=net)) == [] and net.weight.equal(other.weight)
     assert next(step for step in third.steps("endless", None, 1, net=net) if step == 50) == 50
     del third
-    with pytest.raises(UserError, match=r"phase\.pt has 10 steps already, more than the 9 asked for"):
+    with pytest.raises(UserError, match=r"phase\.pt has 10 steps already, more than the requested 9"):
         list(new()[0].steps("phase", 9, 4, net=net))
 
 
@@ -242,10 +242,13 @@ def test_a_finished_run_is_left_alone_and_more_updates_carry_it_on(romi, data_fi
     capsys.readouterr()
     run("romi_cql", f"{data_file.parent}/../{data_file.parent.name}/{data_file.name}", tmp_path, total_updates=20)
     assert "is finished" in capsys.readouterr().out
-    for flags, words in ((dict(gamma=0.9), r"--gamma \(0.99 there\)"), (dict(total_updates=10), "more than the 10")):
+    for flags, words in (
+        (dict(gamma=0.9), r"--gamma \(0.99 there\)"),
+        (dict(total_updates=10), "more than the requested 10"),
+    ):
         with pytest.raises(UserError, match=words):
             run("romi_cql", data_file, tmp_path, **dict(total_updates=20) | flags)
-    with pytest.raises(UserError, match="another data"):
+    with pytest.raises(UserError, match="different data"):
         run("romi_cql", shorter(data_file, tmp_path), tmp_path, total_updates=20)
     assert contents(folder) == before
     longer = run("romi_cql", data_file, tmp_path, checkpoint_every=7)  # 30 updates
@@ -267,14 +270,14 @@ def test_a_model_is_taken_from_another_run_if_it_is_the_same_and_trained_on_if_u
 
 def test_a_model_of_another_kind_is_refused(romi, data_file, tmp_path):
     for script, flags, words in (
-        ("romi_cql", dict(seed=1), r"--dynamics-from .*: was made with another seed \(0, here 1\)"),
-        ("romi_bcq", dict(dynamics_hidden=8), r"another dynamics_hidden \(16, here 8\)"),
-        ("fomi_bcq", {}, r"another direction \(reverse, here forward\)"),
-        ("romi_cql", dict(dataset=shorter(data_file, tmp_path)), "another data"),
+        ("romi_cql", dict(seed=1), r"--dynamics-from .*: was made with different seed \(0, here 1\)"),
+        ("romi_bcq", dict(dynamics_hidden=8), r"different dynamics_hidden \(16, here 8\)"),
+        ("fomi_bcq", {}, r"different direction \(reverse, here forward\)"),
+        ("romi_cql", dict(dataset=shorter(data_file, tmp_path)), "different data"),
         (
             "romi_cql",
             dict(dynamics_max_epochs=3),
-            "dynamics.pt of run .*__romi_cql__0__.* has 4 steps already, more than the 3",
+            "dynamics.pt of run .*__romi_cql__0__.* has 4 steps already, more than the requested 3",
         ),
         ("romi_cql", dict(dynamics_from="none.pt"), "--dynamics-from none.pt: no such file"),
     ):

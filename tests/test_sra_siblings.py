@@ -52,7 +52,7 @@ def test_siblings_differ_in_the_learner_only(m):
         body = {n.name: ast.get_source_segment(source, n) for n in ast.parse(source).body if hasattr(n, "name")}
         args = body["Args"].partition("# --- learner")[0].splitlines()  # no flag above the learner's differs
         names = [x for x in body if x not in (learner, "expectile_loss")]
-        doc = source[source.index("Half of a") : source.index("kept states.")]
+        doc = source[source.index("Half of each batch") : source.index("what is kept.")]
         return names, [x for x in args if "exp_name" not in x], doc, body["main"].replace(f" {learner}(", " IQL(")
 
     assert parts(m) == parts(iql)
@@ -367,12 +367,12 @@ def test_what_makes_it_another_run_and_another_model(data_file, tmp_path):
     folder = here(data_file, tmp_path, *flags)
     assert not any("model/epoch" in row for row in metrics(folder))
     assert_same(saved(whole, "agent"), saved(folder, "agent"))
-    with pytest.raises(UserError, match="was made with another data"):  # it has seen other demonstrations
+    with pytest.raises(UserError, match="was made with different data"):  # it has seen other demonstrations
         here(data_file, tmp_path / "other", *flags, "--expert-trajectories", "4")
 
 
 def test_without_augmentation_it_is_the_learner_alone_bit_for_bit(m, data_file, tmp_path):
-    """eta = 0 and the learner alone, fed from both data sets, are the same; with a warm-up until its end."""
+    """eta = 0 and the learner alone, fed from both datasets, are the same; with a warm-up until its end."""
     flags, bare = ("--eval-episodes", "0"), base.without_rewards(data_file, tmp_path / data_file.name)
     control, late = (here(bare, tmp_path, *flags, *x, script=m) for x in (("--model-ratio", "0"), ("--warmup", "30")))
     logged, after = ([row for row in metrics(x) if "losses/policy" in row] for x in (control, late))

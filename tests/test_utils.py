@@ -125,7 +125,7 @@ def test_there_are_no_other_tasks_and_the_known_checksums_are_theirs():
 def test_unknown_task_is_refused_with_a_hint():
     hints = {"hoper-medium-replay": "hopper-medium-replay", "hopper-medium-v0": "hopper-medium", "zzz": "D4RL names"}
     hints |= {"antmaze-large": "antmaze-large-play", "CartPole-v1": "is an environment", "": "D4RL names such as"}
-    hints |= {"Rewind/Maze2d-umaze-v1": "is an environment, not a data set; did you mean maze2d-umaze"}
+    hints |= {"Rewind/Maze2d-umaze-v1": "is an environment, not a dataset; did you mean maze2d-umaze"}
     for name, hint in hints.items():
         with pytest.raises(UserError) as e:
             parse_task(name)
@@ -299,7 +299,7 @@ def test_bad_files_are_refused(tmp_path):
     for path, message in ((cut, "cannot be read"), (page, "cannot be read"), (folder, "is a folder")):
         assert message in refused(HOPPER, path)
     assert "no such file" in refused(HOPPER, tmp_path / "no.hdf5")
-    assert "neither a file" in refused(HOPPER, "neither-file-nor-id")
+    assert "is no file" in refused(HOPPER, "neither-file-nor-id")
     assert "another task" in refused(parse_task("walker2d-medium"), tmp_path / "whole.hdf5")
     maze = recorded([(5, "timeout")], 4, 2)
     assert len(load(tmp_path, maze, MAZE)) == 5
@@ -442,7 +442,7 @@ def test_download_arrives_whole_or_not_at_all(tmp_path, server):
         assert list(path.parent.iterdir()) == [path] and path.read_bytes() == BODY
     path.write_bytes(b"old")
     messages = {"cut": f"got {len(BODY) // 2} of {len(BODY)} bytes", "cut-chunk": "cannot download"}
-    messages |= {"garbage": "cannot", "missing": "Not Found", "good": f"sha256 {SHA256[:16]} is not the known"}
+    messages |= {"garbage": "cannot", "missing": "Not Found", "good": f"sha256 {SHA256[:16]} is not"}
     for page, message in messages.items():
         with pytest.raises(UserError) as e:
             utils.download(f"{server[0]}/{page}", path, "0123456789abcdef")
@@ -533,7 +533,7 @@ print(time.time() - begin)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     *lines, seconds = done.stdout.splitlines()
-    assert ["a/b-v0 cannot be had (URLError" in line for line in lines] == [True, True, False]
+    assert ["a/b-v0 is not available (URLError" in line for line in lines] == [True, True, False]
     assert "no such file" in lines[2] and float(seconds) < 10  # with retries 50 s
 
 
@@ -541,7 +541,7 @@ print(time.time() - begin)"""
 
 
 def make_minari(dataset_id, env, episodes=GOOD, change=lambda act: act, act_space=None, obs_space=None):
-    """Minari data set of `recorded` episodes with changed actions; spaces are boxes of the environment's widths."""
+    """Minari dataset of `recorded` episodes with changed actions; spaces are boxes of the environment's widths."""
     made = gymnasium.make(env)
     obs_dim, act_dim = (space.shape[0] if space.shape else 1 for space in (made.observation_space, made.action_space))
     data, buffers = recorded(episodes, obs_dim, act_dim), []
