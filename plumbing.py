@@ -88,7 +88,7 @@ def run_script(main, args_class, doc):
         status, error = 2, f"out of memory{largest_size(args)}"
     with contextlib.suppress(OSError):  # a broken pipe
         if error:
-            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # below the progress bar
+            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # on its own line
         elif status:
             tqdm.write("interrupted; repeat the command to resume", file=sys.stderr)
     sys.exit(status)
@@ -96,7 +96,7 @@ def run_script(main, args_class, doc):
 
 def show_help(args_class, doc):
     """Flags in the groups of `Args`, with defaults and comments, and the SETTINGS of all tasks."""
-    print(doc.split("\n")[0], "Equations and symbols: the docstring of the file.")
+    print(doc.split("\n")[0], "Equations and symbols: see the docstring of the file.")
     for line in inspect.getsource(args_class).splitlines():
         if group := re.match(r"    # --- (.+) ---", line):
             print(f"\n{group[1]}")
@@ -112,7 +112,7 @@ def show_help(args_class, doc):
 
 
 def largest_size(args):
-    """Names the largest size among the flags, the likely cause."""
+    """Names the largest size among the flags, the likely cause of running out of memory."""
     sizes, no_size = {}, ("seed", "updates", "every", "epochs", "horizon", "warmup")
     for name, value in asdict(args).items():
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
@@ -131,15 +131,15 @@ def validate(args):
     except ValidationError as e:
         first = e.errors()[0]
         flag, why = str(first["loc"][0]).replace("_", "-"), first["msg"].replace("Input should", "must")
-        why = "must be letters, digits and _.+=-, 100 at most" if first["type"] == "string_pattern_mismatch" else why
+        why = "must be 1 to 100 letters, digits or _.+=-" if first["type"] == "string_pattern_mismatch" else why
         raise UserError(f"--{flag} {str(first['input'])[:80]}: {why}") from None
 
 
 def start(args):
-    """Threads, memory, seeds of Python and NumPy (torch's: main); returns the torch.device to train on."""
+    """Sets threads, memory and the seeds of Python and NumPy (main sets torch's); returns the torch.device."""
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if args.device != "auto" and not have[args.device]:
-        raise UserError(f"--device {args.device}: is not available; use --device auto")
+        raise UserError(f"--device {args.device} is not available; use --device auto")
     # Adam's moments of dead units decay to denormal numbers, which make its step 5 times slower on a CPU. Flushing them
     # to zero changes no weight. It applies only to threads that start after this call.
     torch.set_flush_denormal(True)
@@ -149,8 +149,8 @@ def start(args):
     if args.compile:
         torch._inductor.config.fallback_random = True  # same random numbers as eager mode
     if platform.libc_ver()[0] == "glibc":
-        # By default malloc returns freed blocks to the system and faults them in again at the next update, which takes
-        # up to a third of its time, and long runs grow by gigabytes. Fixed thresholds prevent both.
+        # By default malloc returns freed blocks to the system; faulting them in again takes up to a third of the time
+        # of an update. Long runs also grow by gigabytes. Fixed thresholds prevent both.
         M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -188,7 +188,7 @@ class Clock:
         return min(wall, cpu)
 
 
-# --- what a run is ---
+# --- description of a run ---
 
 
 def versions(*modules):
@@ -302,7 +302,7 @@ def read_json(path):
         if not isinstance(content, dict) or not content:
             raise ValueError("it holds no settings")
     except ValueError as e:
-        raise UserError(f"{path}: is damaged ({e}); restore it or start in another folder") from None
+        raise UserError(f"{path} is damaged ({e}); restore it or start in another folder") from None
     return content
 
 
@@ -330,7 +330,7 @@ def read_folder(folder, config, bookkeeping, total):
     theirs = [state["config"] for state in states.values()]
     theirs += [read_json(old)] if old.exists() and (theirs or result.exists()) else []
     if differ := sorted({d for their in theirs for d in differences(config, their, bookkeeping)}):
-        raise UserError(f"{folder} holds a run with different {', '.join(differ)}; use another --run-dir or --exp-name")
+        raise UserError(f"{folder} holds a run differing in {', '.join(differ)}; use another --run-dir or --exp-name")
     for phase in config.get("decides", ()):  # refuse now, not when the phase starts
         if phase not in states and (other := config["args"].get(f"{phase}_from")):
             read_other_run(Path(other), phase, config)
@@ -352,7 +352,7 @@ def read_other_run(path, phase, config):
     state = read_checkpoint(path)
     ours, theirs = (c.get("decides", {}).get(phase, {}) for c in (config, state["config"]))
     if differ := [f"{k} ({theirs.get(k)}, here {v})" for k, v in ours.items() if theirs.get(k) != v]:
-        raise UserError(f"--{phase.replace('_', '-')}-from {path}: was made with different {', '.join(differ)}")
+        raise UserError(f"--{phase.replace('_', '-')}-from {path} differs in {', '.join(differ)}")
     return state
 
 
@@ -378,7 +378,7 @@ def save(path, parts, facts):
 
 def restore(state, parts, total, path):
     """Restore objects and random states from a checkpoint; returns its step."""
-    whose = path if path.exists() else f"{path.name} of run {state['config']['name']}"  # the other run
+    whose = path if path.exists() else f"{path.name} of run {state['config']['name']}"  # else of the run that lent it
     if total is not None and state["step"] > total:
         raise UserError(f"{whose} has {state['step']} steps already, more than the requested {total}")
     try:

@@ -1,4 +1,4 @@
-"""Data loading and evaluation for the scripts in `algorithms/`: nothing that a paper has an opinion about.
+"""Data loading and evaluation for the scripts in `algorithms/`: independent of any paper's method.
 
   parse_task         task name -> Task (reference scores, environment, official file)
   load_dataset       task and --dataset -> Dataset (transitions as float32 tensors); load_expert: demonstrations
@@ -139,7 +139,7 @@ TASKS = _d4rl_tasks()
 
 def parse_task(name):
     """Task of a D4RL name (`hopper-medium-replay`, also with version) or of a Minari id (`mujoco/hopper/medium-v0`)."""
-    for candidate in (name, f"{name}-v2", f"{name}-v1"):  # the version that the field reports: v2, for maze2d v1
+    for candidate in (name, f"{name}-v2", f"{name}-v1"):  # the versions that papers use: v2, for maze2d v1
         if candidate in TASKS:
             return TASKS[candidate]
     ours = name.startswith("Rewind/")  # the environments of envs/
@@ -147,8 +147,8 @@ def parse_task(name):
         return _minari_task(name)
     names = sorted({task.name for task in TASKS.values()})
     near = difflib.get_close_matches(re.sub(r"-v\d$", "", name.removeprefix("Rewind/").lower()), names, 3, 0.5)
-    what = "is an environment, not a dataset" if ours or name in gymnasium.registry else "is no known task"
-    hint = f"did you mean {', '.join(near)}?" if near else "D4RL names such as hopper-medium-replay and Minari ids are"
+    what = "is an environment, not a dataset" if ours or name in gymnasium.registry else "is not a known task"
+    hint = f"did you mean {', '.join(near)}?" if near else "use a D4RL name like hopper-medium-replay or a Minari id"
     raise UserError(f"--env {name} {what}; {hint}")
 
 
@@ -172,7 +172,7 @@ class Dataset:
     rew: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, O)
     terminated: torch.Tensor  # (N,) 1 where the MDP ended; 0 at time limits
-    has_next: torch.Tensor  # (N,) bool; False: next_obs is unknown (a copy of obs), not to train a model on
+    has_next: torch.Tensor  # (N,) bool; False: next_obs is unknown (a copy of obs), no model may train on it
     trajectory: torch.Tensor  # (N,) int64, number of the trajectory segment
     id: str = ""
     source: str = ""  # d4rl, bundled, generated, minari or file
@@ -212,23 +212,23 @@ def unpack(rows, obs_dim, act_dim):
 
 def load_dataset(task, source="auto", rewards=True):
     """Dataset of `task` from `source`: auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL
-    layout. rewards: if not needed, a file may lack them, and `rew` is 0.
+    layout. rewards: if False, a file may lack them; `rew` is then 0.
 
     Episode ends: a terminal row does not bootstrap (terminated = 1), a time limit does; a row that is both is terminal.
-    A row's successor is its entry in `next_observations`, if the file has them, else the next row of its episode. Then
-    an episode's last row has no known successor: a terminal one is kept for Q-learning (has_next is False), any other
-    is dropped, as in D4RL's qlearning_dataset. Terminal rows of an antmaze have a successor, since the ant ran on while
-    the data was recorded; rows at its time limits are dropped.
+    A row's successor is its entry in `next_observations`, if the file has them, else the next row of its episode.
+    Without them an episode's last row has no known successor: a terminal one is kept for Q-learning (has_next is
+    False), any other is dropped, as in D4RL's qlearning_dataset. Terminal rows of an antmaze have a successor, since
+    the ant ran on while the data were recorded; rows at its time limits are dropped.
     """
     kind, path = _find(task, source)
     if kind == "minari":
         data = _read_minari(path)
     else:
-        sha256 = file_sha256(path)  # first, for HDF5 calls an unreadable file damaged
+        sha256 = file_sha256(path)  # first: HDF5 would report an unreadable file as damaged
         data = _read_hdf5(Path(path), task, rewards, ours=kind == "generated")
         data.id, data.sha256 = task.id if kind == "d4rl" else Path(path).stem, sha256
     data.source, data.path = kind, str(path)
-    if task.domain and path != task.id:  # Minari data may be wider: Ant-v5 has 105 observations
+    if task.domain and path != task.id:  # a Minari task's own data may be wider: Ant-v5 has 105 entries
         _check_widths(data, WIDTHS[task.domain], task.id)
     if task.kind in RELABELLED and rewards:
         act, next_obs, rew = (x[data.has_next].double().numpy() for x in (data.act, data.next_obs, data.rew))
@@ -290,7 +290,7 @@ def _find(task, source):
             raise UserError(f"--dataset {source}: {what}; give the path of an HDF5 file")
         if MINARI_ID.fullmatch(source):
             return "minari", source
-        raise UserError(f"--dataset {source}: is no file, no Minari id and not one of auto, {', '.join(places)}")
+        raise UserError(f"--dataset {source}: is not a file, a Minari id or one of auto, {', '.join(places)}")
     if not task.sources:
         if source == "auto":
             return "minari", task.id
@@ -298,9 +298,9 @@ def _find(task, source):
     scripts = {"maze2d": f"maze2d.py --maze {task.kind.split('-')[0]}", "antmaze": f"antmaze.py --task {task.kind}"}
     scripts |= {robot: f"mujoco.py --env {robot} --kinds {task.kind}" for robot in ROBOTS}
     how = {
-        "d4rl": f"place {file} into {D4RL}, or connect to the internet",
+        "d4rl": f"put {file} in {D4RL}, or connect to the internet",
         "bundled": f"only hopper-medium-replay ships with the repository, in {BUNDLED}",
-        "generated": f"make it with: python datasets/{scripts[task.domain]}",
+        "generated": f"generate it with: python datasets/{scripts[task.domain]}",
     }
     if source not in ("auto", *task.sources):
         only = ", ".join(task.sources)
@@ -327,14 +327,14 @@ def _find(task, source):
 
 
 def _generate(task, path, *flags):
-    """Generates a maze's data on first use: maze2d takes a minute, antmaze ten. An interrupt also ends the child."""
+    """Generates a maze's data on first use: maze2d in minutes, antmaze in ten. An interrupt also ends the child."""
     what = ["--task", task.kind] if task.domain == "antmaze" else ["--maze", task.kind.split("-")[0]]
     if task.domain == "antmaze":
         ant_policy()
-    print(f"data: making {path.name} with datasets/{task.domain}.py", file=sys.stderr)
+    print(f"data: generating {path.name} with datasets/{task.domain}.py", file=sys.stderr)
     script = ROOT / "datasets" / f"{task.domain}.py"
     if subprocess.run([sys.executable, script, *what, "--out", path.parent, *flags]).returncode:
-        raise UserError(f"datasets/{task.domain}.py could not make {path}")
+        raise UserError(f"datasets/{task.domain}.py could not generate {path}")
 
 
 def ant_policy():
@@ -344,9 +344,9 @@ def ant_policy():
         try:
             download(f"{D4RL_URL}/{path.name}", path, SHA256["ant_policy"])
         except UserError as e:
-            raise UserError(f"{e}; place D4RL's {path.name}, the ant that makes the data, into {D4RL}") from None
+            raise UserError(f"{e}; put D4RL's {path.name}, the ant that collects the data, in {D4RL}") from None
     if file_sha256(path) != SHA256["ant_policy"]:
-        raise UserError(f"{path}: is not D4RL's file (sha256 {SHA256['ant_policy'][:16]}...)")
+        raise UserError(f"{path} is not D4RL's file (sha256 {SHA256['ant_policy'][:16]}...)")
     return path
 
 
@@ -419,7 +419,7 @@ def _read_array(f, key, required, bad):
     except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as e:  # what h5py raises for damaged files
         raise UserError(f"{bad}'{key}' cannot be read ({str(e)[:80]}); is the file complete?") from None
     if dtype is bool and not ((out == 0) | (out == 1)).all():
-        raise UserError(f"{bad}'{key}' holds other values than 0 and 1")
+        raise UserError(f"{bad}'{key}' holds values other than 0 and 1")
     out = out.reshape(shape).astype(dtype, copy=False)
     if dtype is np.float32 and not np.isfinite(out).all():
         row = np.flatnonzero(~np.isfinite(out.reshape(len(out), -1)).all(1))[0]
@@ -449,7 +449,7 @@ def _read_hdf5(path, task, rewards=True, ours=False):
         raise UserError(f"{bad}has all-zero observations, {defect}")
     if timeouts is None:
         timeouts = _timeouts_from_horizon(terminals, task.max_steps)
-    if re.fullmatch("antmaze-.*-v0", task.id) and not ours:  # D4RL's do not match the resets; ROMI's rule
+    if re.fullmatch("antmaze-.*-v0", task.id) and not ours:  # D4RL's do not match the resets; use ROMI's rule
         jump = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1)
         timeouts = np.r_[jump > 10 * jump.mean(), True]
     # Antmaze recordings continue past the goal: the row after a terminal one is its successor. Every rewarded row is
@@ -458,7 +458,7 @@ def _read_hdf5(path, task, rewards=True, ours=False):
 
 
 def _timeouts_from_horizon(terminals, max_steps):
-    """For files without timeouts, as D4RL's scripts write them: an episode ends at the task's time limit."""
+    """For files without timeouts, as D4RL's scripts may write: episodes end at terminals or the task's time limit."""
     timeouts, begin = np.zeros_like(terminals), 0
     for end in np.r_[np.flatnonzero(terminals), len(terminals) - 1]:
         timeouts[begin + max_steps - 1 : end + 1 : max_steps] = True
@@ -479,7 +479,7 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go
         raise UserError(f"{bad}holds no complete episode: neither terminals nor timeouts mark an end")
     keep = has_next = np.ones(len(rew), bool)
     if next_obs is None:
-        ends[-1] = True  # a fragment's last row is an end without successor
+        ends[-1] = True  # the last row ends a trajectory, too, and has no successor
         unknown = timeouts if terminals_go_on else ends
         unknown[-1] = True
         has_next = ~unknown
@@ -534,7 +534,7 @@ def _minari_task(dataset_id):
     if not limit:
         episodes = data.storage.get_episode_metadata(range(data.total_episodes))
         limit = max((int(e["total_steps"]) for e in episodes), default=1000)
-        print(f"note: {env} has no time limit; evaluations take that of the longest episode, {limit}", file=sys.stderr)
+        print(f"note: {env} has no time limit; evaluations use the longest episode's length, {limit}", file=sys.stderr)
     robots = {gym_id.split("-")[0]: robot for robot, gym_id in ROBOTS.items()}
     domain, kind = robots.get(env.split("-")[0], ""), dataset_id.split("/")[-1]
     if env.startswith("Rewind/Maze2d-"):  # of datasets/maze2d.py
@@ -640,7 +640,7 @@ def make_env(task):
         return gymnasium.make(f"Rewind/AntMaze-{task.kind}-v2")
     ours = task.domain in ROBOTS and task.id.startswith("rewind/")  # Minari cannot store corrected margins
     handler = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)  # a deprecated word in halfcheetah's XML
+    mujoco.set_mju_user_warning(lambda message: None)  # halfcheetah's XML uses a deprecated keyword
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date.*")
@@ -703,7 +703,7 @@ def rollout(envs, act, seed):
 
 
 def evaluate(task, envs, act, seed, gamma, folder=None, episodes=None):
-    """Metrics of one episode in each of `envs`, with seeds of their own; on mazes also <folder>/execution.png.
+    """Metrics of one episode in each of `envs`, seeded apart from training; on mazes also <folder>/execution.png.
 
     A list given as `episodes` receives the observations of every episode, (T+1, O) each. The discounted return is
     comparable with Q values.
@@ -736,19 +736,19 @@ def check_ends(terminates, domain, data):
     share = (ended != (data.terminated[rows] > 0)).float().mean().item()
     how = "use --no-imagined-ends for rollouts without ends, or write the data's rule into termination_fn"
     wrong = f"{data.path}: the termination rule of {domain} is wrong for {share:.1%} of its rows"
-    if not share > 1e-3:  # also for NaN, without rows
+    if not share > 1e-3:  # not `<=`: share is NaN if there are no rows
         return
     if domain == "antmaze":
         print(f"note: {wrong}; the goal is estimated from where the rewarded rows lead", file=sys.stderr)
     elif domain in WIDTHS:
         raise UserError(f"{wrong}; {how}")
     elif not domain:
-        print(f"note: no termination rule is known for {data.id} ({share:.1%} of its rows); {how}", file=sys.stderr)
+        print(f"note: no termination rule for {data.id} ({share:.1%} of its rows are terminal); {how}", file=sys.stderr)
 
 
 def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, folder):
-    """Metrics of imagined rows (M, ...); on mazes also errors of some rollouts in the simulator. chains: a list of h
-    tuples (obs, act, next_obs), (C, ...) each, in forward time."""
+    """Metrics of imagined rows (M, ...); on mazes also errors of some rollouts against the simulator. chains: a list
+    of h tuples (obs, act, next_obs), (C, ...) each, in forward time."""
     stats = {f"model/imagined_reward_{k}": v for k, v in (("min", rew.min()), ("max", rew.max()), ("mean", rew.mean()))}
     stats["model/imagined_terminated"] = terminated.mean()
     if task.domain in WORLDS and (n := min(len(step[0]) for step in chains)):

@@ -23,7 +23,7 @@ them as far from the data as lambda allows.
 
 What the poster leaves open and what we do ("unverified": the paper's choice according to sources we could not check):
   1. E_D is a mean (printed: a sum) over real transitions with a known successor (printed: over D_model, which holds no
-     r and s'). So the paper's lambda would mean something else here.
+     r or s'). So the paper's lambda would mean something else here.
   2. V_max is the fitted model's reward error on the holdout set, at least 1e-3, so that rewards are tied to the data
      about as closely as states.
   3. M is one member of MOPO's ensemble (arXiv:2005.13239), R_M its mean reward, fitted first, with early stopping
@@ -35,18 +35,18 @@ What the poster leaves open and what we do ("unverified": the paper's choice acc
      bounds each layer's norm by 100; Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma,
      learning rates, layer widths (unverified: as in ARMOR).
   8. lightATAC averages the entropy over action dimensions, so its published settings mean another target. Here, as in
-     ATAC, it is a sum; the target is minus the number of action dimensions. log std is in [-5, 2] (not in ATAC).
-  9. Target values are clipped to the returns that the data's rewards allow (ATAC: optional).
+     ATAC, it is a sum; the target is minus the number of action dimensions. log std is clamped to [-5, 2] (ATAC: no).
+  9. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: optional).
  10. Warm start of 100 000 updates (ATAC's script; unverified: ARMOR's): pi clones the data, with the game's entropy
      bonus, and the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the
      temperature are reset; the critics' optimizer is kept.
- 11. Given a reference, pi starts as its copy, with its entropy as the target if that is lower. Half of the critics'
-     warm start is then rollouts in M: the data alone leave other actions overestimated. --clone data: start as with bc.
+ 11. Given a reference, pi starts as its copy, with its entropy as the target if that is lower. Half of each batch in
+     the warm start is then from M; data alone would leave other actions overestimated. --clone data: start as with bc.
  12. Batches are half data, half D_model, which starts empty and keeps the last 1 000 000 pairs.
  13. H is the episode length (unverified). Rollouts that terminate (no bootstrap) or leave the range of the data by more
      than 10 % restart from the states of the minibatch.
  14. beta = 16 (ATAC's script; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
-     paper's, one pair per dataset, are unknown. With a small lambda M fits the critics instead of the data.
+     paper's, one pair per dataset, are unknown. With a small lambda M fits the critics' errors instead of the data.
  15. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals; L its actions, unless --reference is bc or a policy.
 """
 
@@ -65,7 +65,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -107,14 +107,14 @@ class Args:
     dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
-    holdout_max: PositiveInt = 1_000  # at most this many
+    holdout_max: PositiveInt = 1_000  # maximum number of held-out transitions
     ensemble_size = num_elites = 1  # no flags: ARMOR has no ensemble
 
     # --- rollout ---
     horizon: PositiveInt | None = None  # updates after which all rollouts restart (H); None: the episode length
     model_ratio: Share = 0.5  # share of pairs from D_model in a batch, the rest is data; 0: ATAC, no model
     pairs_kept: Annotated[PositiveInt, tyro.conf.arg(aliases=["--model-buffer-size"])] = 1_000_000  # (s, a) in D_model
-    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; if off, never
     rollout_margin: NonNegative = 0.1  # rollouts restart outside the data's range widened by this share
 
     # --- learner ---
@@ -126,15 +126,15 @@ class Args:
     batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layers of policy (a copy keeps its own) and Q functions
+    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # layer sizes of policy (a copy keeps its own) and Q functions
     fast_lr: Positive = 5e-4  # critics, model, temperature; everything in the warm start (eta_fast)
     slow_lr: Positive = 5e-7  # policy (eta_slow)
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions, or a copy's own if lower
     bellman_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--beta"])] = 16.0  # of E^w and E_D against L (beta)
     fit_weight: Annotated[NonNegative, tyro.conf.arg(aliases=["--lambda"])] = 10_000.0  # of E_D against E^w (lambda)
-    target_weight: Share = 0.5  # of the error against target networks in E^w; the rest: residual error (w)
+    target_weight: Share = 0.5  # weight of the error against target networks in E^w (w); residual error: 1 - w
     v_max: Positive | None = None  # scale of the reward error in E_D (V_max); None: that of the fitted model
-    clip_v: bool = True  # clip target values to returns that the data's rewards allow
+    clip_v: bool = True  # clip values of s' to returns that the data's rewards allow
     weight_norm: Positive = 100.0  # maximum Frobenius norm of a critic's layer (Proj_F)
 
 
@@ -142,7 +142,7 @@ class Args:
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -190,7 +190,7 @@ class Policy(nn.Module):
 
 
 class Reference(nn.Module):
-    """pi_ref, frozen. agent: a checkpoint of these scripts or of datasets/mujoco.py's SAC; its "policy" is used."""
+    """pi_ref, frozen. agent: state dicts by name, as these scripts or datasets/mujoco.py's SAC save them."""
 
     def __init__(self, agent):
         super().__init__()
@@ -299,7 +299,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
+        """Copy members of `current` whose holdout MSE (E,) improved by over 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -448,7 +448,7 @@ class Rollouts:
         return {"model/rollout_ended": ended.float().mean(), "model/rollout_left": left.float().mean()}
 
     def state_dict(self):
-        filled = self.pairs[: self.added].clone()  # torch.save writes a view's whole storage
+        filled = self.pairs[: self.added].clone()  # of a view, torch.save would write the whole storage
         return {"states": self.states, "pairs": filled, "added": self.added}
 
     def load_state_dict(self, state):
@@ -517,15 +517,15 @@ class ARMOR:
         self.policy_opt = self.adam(self.policy.parameters(), lr=self.args.slow_lr)
         self.alpha_opt = self.adam(self.log_alpha.parameters(), lr=self.args.fast_lr)
         if model is not None and self.args.bellman_weight:
-            # The fit's loss was 2 NLL / outputs. The game has lambda min(1, beta) NLL from f_1 and again from f_2,
-            # outputs lambda min(1, beta) times as much; the decay is raised by the same factor.
+            # The fit's loss was 2 NLL / n, with n outputs. In the game f_1 and f_2 each add lambda min(1, beta) NLL,
+            # together n lambda min(1, beta) times as much; the decay is raised by the same factor.
             scale = len(model.max_logvar) * self.args.fit_weight * min(1, self.args.bellman_weight)
             for w, decay in zip(model.weight, self.args.dynamics_weight_decay, strict=True):
                 self.adversary_opt.add_param_group({"params": [w], "weight_decay": scale * decay})
             self.adversary_opt.add_param_group({"params": [*model.bias]})  # the log-variance bounds stay fixed
 
     def ramp_model(self, step):
-        """Raises M's rate from 0: its part of Adam is new, and the first steps would have full length."""
+        """Raises M's rate from 0: its Adam state is new, so the first steps would have full length."""
         for group in self.adversary_opt.param_groups[1:]:
             group["lr"] = self.args.fast_lr * min(1, step / self.args.model_ramp)
 
@@ -569,7 +569,7 @@ class ARMOR:
         return normalized_sum(-q.mean(), log_prob.mean(), alpha)
 
     def step_critics(self, loss):
-        """Steps the critics and M, applies Proj_F, updates targets (l. 5); returns the largest norm before Proj_F."""
+        """Updates critics and M, applies Proj_F, updates targets (l. 5); returns the largest norm before Proj_F."""
         descend(self.adversary_opt, loss)
         with torch.no_grad():
             norms = torch._foreach_norm(self.projected)
@@ -579,12 +579,12 @@ class ARMOR:
         return torch.stack(norms).amax()
 
     def step_alpha(self, log_prob):
-        """Steps the temperature towards the target entropy (Proj_Pi of l. 6) and returns it."""
+        """Updates the temperature (Proj_Pi of l. 6), which rises while the entropy is below its target; returns it."""
         descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob.detach().mean() + self.target_entropy))
         return self.log_alpha["sac"].detach().exp()
 
     def warm_up(self, obs, act, rew, next_obs, terminated, cloned):
-        """Warm start: critics by E^w, policy by the likelihood of `cloned` (B, A), with entropy (None: it stays)."""
+        """Warm start: critics by E^w, policy by the likelihood of `cloned` (B, A), with entropy; kept if None."""
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum())
         metrics = {"losses/bellman": bellman.detach().mean(), "q/batch": q.detach().mean()}
@@ -620,7 +620,7 @@ class ARMOR:
 
 
 def warm_start(agent, rows, reference, dynamics, rollouts, args, run):
-    """Trains the policy as a clone, or keeps the copy, and its critics on the data and, with rollouts, in M."""
+    """Trains the critics on the data and, with rollouts, in M, and the policy as a clone, unless it is a copy."""
     obs_dim, act_dim = agent.policy.net[0].in_features, agent.policy.net[-1].out_features // 2
     num_model = round(args.model_ratio * args.batch_size) if rollouts else 0
     parts = agent.parts | ({"rollouts": rollouts} if rollouts else {})
@@ -665,9 +665,9 @@ def resolve(args, task):
     if num_model and args.reference == "data":
         raise UserError("--reference data: imagined states have no data actions; use bc or --model-ratio 0")
     if args.clone != "data" and args.reference in ("bc", "data"):
-        raise UserError(f"--clone {args.clone}: --reference {args.reference} is the data itself")
+        raise UserError(f"--clone {args.clone}: --reference {args.reference} gives no policy to copy")
     if not args.warm_start_updates and args.clone != "copy":
-        raise UserError("--warm-start-updates 0: there would be no clone; give a --reference policy, with --clone copy")
+        raise UserError("--warm-start-updates 0: there would be no clone; give a --reference policy, not --clone data")
     name = "armor" if num_model else "atac"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 
@@ -687,7 +687,7 @@ def given_reference(args, data, domain=""):
     have = (reference.net[0].in_features, reference.net[-1].out_features // 2)
     want = (data.obs.shape[1], data.act.shape[1])
     if have != want:
-        raise UserError(f"{flag} its states and actions have {have} entries, the data's {want}; is it of another task?")
+        raise UserError(f"{flag} state and action dimensions are {have}, the data's {want}; is it for another task?")
     config, name = path.parent / "config.json", path.parent.name.removeprefix("sac-")  # sac-<env>-: datasets/mujoco.py
     theirs = (plumbing.read_json(config).get("task", name) if config.exists() else name).split("-")[0]
     if domain and theirs != domain and theirs in ("halfcheetah", "hopper", "walker2d", "ant", "maze2d", "antmaze"):
@@ -797,7 +797,7 @@ def main(args):
         game = {"model": copy.deepcopy(dynamics), "terminates": terminates, "v_max": v_max}
     new_rollouts = partial(Rollouts, data.obs.to(device), act_dim, num_real, terminates, args)
 
-    torch.manual_seed(4 * args.seed + 1)  # the same for the clone with and without a model
+    torch.manual_seed(4 * args.seed + 1)  # with and without a model, so that a clone's warm start is the same
     hidden = reference.hidden if args.clone == "copy" else None
     agent = ARMOR(obs_dim, act_dim, args, device, value_range(data.rew, args.gamma), hidden)
     if args.clone == "copy":

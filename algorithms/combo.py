@@ -15,16 +15,16 @@ Paper: Yu et al. 2021, arXiv:2102.08363; lines are those of its Algorithm 1. No 
     python algorithms/combo.py --env hopper-medium-replay --model-ratio 0  # no model: CQL with COMBO's beta
 
 Two presets. v0: the paper's settings; only beta and learning rates are verified, as we did not have the appendix.
-v2 (default): those of yihaosun1124/OfflineRL-Kit, for today's data: mu is the policy, rho covers all states of a batch.
+v2 (default): those of yihaosun1124/OfflineRL-Kit, for v2 data: mu is the policy, rho covers all states of a batch.
 
 Differences from the paper, and from OfflineRL-Kit:
   1. log sum_a exp Q runs over all 3N sampled actions of a state; in OfflineRL-Kit, the source of v2's beta, over 3.
-  2. TD errors are not halved, as in OfflineRL-Kit, so beta is half as strong as in Eq. 2.
+  2. Like OfflineRL-Kit, we do not halve TD errors, so beta is half as strong as in Eq. 2.
   3. The policy trains on all states of a batch, as in l. 6, even if rho covers only imagined ones (Eq. 3: s of rho).
   4. The policy maximises the smaller of two Q values plus entropy, as in SAC; no entropy in the backup (Eq. 2).
   5. The Q functions step before the policy, as in l. 5, 6 (OfflineRL-Kit: after). log(1 - a^2): without + 1e-6.
   6. Transitions without a recorded successor train the learner, but not the model. OfflineRL-Kit drops them.
-  7. Gymnasium's rules end rollouts; OfflineRL-Kit also ends halfcheetah and walker2d beyond +-100, hopper above 100.
+  7. OfflineRL-Kit ends hopper only above 100, not below -100, and also halfcheetah and walker2d beyond +-100.
   8. v2: the cosine spans --policy-lr-decay updates, not the run, so that a run can be continued up to there.
 """
 
@@ -42,7 +42,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -52,8 +52,8 @@ from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
-    exp_name: Name | None = None  # None: combo; combo_beta0; combo_cql without model; with preset v0 ..._v0
-    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or older, for v0 data (v0)
+    exp_name: Name | None = None  # None: combo; combo_beta0 if --beta 0; combo_cql without model; preset v0: ..._v0
+    preset: Literal["v2", "v0"] = "v2"  # for settings that are None: OfflineRL-Kit's (v2) or the original ones (v0)
     seed: Seed = 0
     total_updates: PositiveInt = 1_000_000  # gradient updates of the learner
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -87,7 +87,7 @@ class Args:
     dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
-    holdout_max: PositiveInt = 1_000  # at most this many
+    holdout_max: PositiveInt = 1_000  # maximum number of held-out transitions
 
     # --- rollout ---
     horizon: PositiveInt | None = None  # rollout length (h); None: by task
@@ -95,17 +95,17 @@ class Args:
     rollout_every: PositiveInt = 1_000  # updates between rounds of rollouts
     rollout_starts: PositiveInt = 50_000  # start states per round
     rollouts_kept: PositiveInt = 5  # rounds kept in the buffer
-    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; if off, never
     rollout_policy: Literal["policy", "uniform"] | None = None  # mu, the source of imagined actions; None: by task
 
     # --- learner ---
     batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layers of policy and Q functions
+    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layer sizes of policy and Q functions
     qf_lr: Positive | None = None  # None: 3e-4; 1e-4 for walker2d in v0
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
-    policy_lr_decay: NonNegativeInt | None = None  # updates in which a cosine takes the policy's rate to 0; 0: constant
+    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: constant
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
     beta: NonNegative | None = None  # weight of the conservative term; None: by task
     rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: all or imagined states; None: by task
@@ -114,7 +114,7 @@ class Args:
 
 
 # Horizon h, beta, mu, states of rho, eta. v0: the paper; beta and rates as in d3rlpy's reproduction; v2:
-# OfflineRL-Kit, run_combo.py; "ours" is in neither. The longest key that begins the task's name applies.
+# OfflineRL-Kit, run_combo.py; "ours" is in neither. The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "v0": {
         "halfcheetah-random": (5, 0.5, "policy", "mix", 0.5),
@@ -129,7 +129,7 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 0.5, "policy", "mix", 0.5),
         "hopper-medium-expert": (5, 5.0, "uniform", "model", 0.5),
         "walker2d-medium-expert": (1, 5.0, "policy", "mix", 0.2),
-        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as for every other task
+        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, like the two rows below
         "ant-angle": (5, 0.5, "policy", "mix", 0.5),
         "": (1, 1.0, "policy", "mix", 0.5),
     },
@@ -146,7 +146,7 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 5.0, "policy", "mix", 0.5),
         "hopper-medium-expert": (5, 5.0, "policy", "mix", 0.5),
         "walker2d-medium-expert": (1, 5.0, "policy", "mix", 0.5),
-        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, as for every other task
+        "halfcheetah-jump": (5, 0.5, "policy", "mix", 0.5),  # ours, like the two rows below
         "ant-angle": (5, 0.5, "policy", "mix", 0.5),
         "": (1, 1.0, "policy", "mix", 0.5),
     },
@@ -157,7 +157,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -277,7 +277,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
+        """Copy members of `current` whose holdout MSE (E,) improved by over 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -380,8 +380,8 @@ def draw(rows, size):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 1, l. 4). Returns rows (M, 2 O + A + 2), with M at
-    most horizon x rollout_starts, and metrics."""
+    """Rollouts from `rollout_starts` states drawn from `starts` (N, O) (Alg. 1, l. 4). Returns rows (M, 2 O + A + 2),
+    M at most horizon x rollout_starts, and metrics."""
     obs = draw(starts, args.rollout_starts)
     rows = []
     for _ in range(args.horizon):
@@ -408,7 +408,7 @@ class ModelBuffer:
         self.rollouts = deque(maxlen=args.rollouts_kept)  # of each round: step, weights of the policy, rows
 
     def add(self, step, weights):
-        """Replaces the oldest round by rollouts of the policy with these weights (a state dict); returns metrics."""
+        """Adds a round by the policy with these weights (a state dict), drops the oldest if full; returns metrics."""
         obs_dim, device = self.starts.shape[1], self.starts.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # leaves the learner's random state alone
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
@@ -416,7 +416,7 @@ class ModelBuffer:
             policy.load_state_dict(weights)
             rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
         if not rows.isfinite().all():
-            raise UserError("imagined states are not finite: the model diverged; try a shorter --horizon", status=3)
+            raise UserError("imagined rows are not finite: the model diverged; try a shorter --horizon", status=3)
         self.rollouts.append((step, policy.state_dict(), rows))
         self.rows = torch.cat([rows for _, _, rows in self.rollouts])
         return stats
@@ -537,12 +537,12 @@ def resolve(args, task):
         tuned |= {"qf_lr": 1e-4 if slow else 3e-4, "policy_lr": 1e-5 if slow else 1e-4, "policy_lr_decay": 0}
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if 0 < args.policy_lr_decay < args.total_updates:
-        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: the policy's rate is 0 from there on; 0: no decay")
+        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: from then on the policy's rate is 0; 0: no decay")
     num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)
     if args.model_ratio > 0 and num_real == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if num_real == 0:
-        raise UserError(f"--model-ratio {args.model_ratio}: not one real row in a batch of {args.batch_size}")
+        raise UserError(f"--model-ratio {args.model_ratio}: leaves no real rows in a batch of {args.batch_size}")
     name = "combo_cql" if args.model_ratio == 0 else "combo" if args.beta > 0 else "combo_beta0"
     name += "" if args.preset == "v2" else "_v0"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())

@@ -19,8 +19,8 @@ sfujim/BCQ (continuous_BCQ).
 Where paper and code disagree, we follow the code: the KL term has a quarter of its weight in Eq. 3, sampled latents are
 clipped to +-0.5, the share of imagined transitions per batch is fixed, a rollout stops after a transition whose s' is
 terminal, even its first, and start states and real transitions are sampled in proportion to their trajectory's return
-above the worst (not on maze2d, see SETTINGS). On antmaze this leaves only trajectories that reach the goal, as every
-reward ends one. BCQ's generator trains on mixed batches, so it also imitates imagined actions. "l." is a line of ROMI's
+minus the lowest (not on maze2d, see SETTINGS). On antmaze, where rewards end trajectories, this leaves only those that
+reach the goal. BCQ's generator trains on mixed batches, so it also imitates imagined actions. "l." is a line of ROMI's
 Algorithm 1. Differences from the code:
   1. Batches are split exactly: round(eta B) imagined transitions, the rest real.
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
@@ -46,7 +46,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -90,23 +90,23 @@ class Args:
     dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
-    holdout_max: PositiveInt = 1_000  # at most this many
+    holdout_max: PositiveInt = 1_000  # maximum number of held-out transitions
 
     # --- rollout ---
     horizon: PositiveInt | None = None  # rollout length (h); None: by task
     model_ratio: Share | None = None  # share of imagined transitions per batch (eta); 0: no model; None: by task
     rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # source of imagined actions; None: by task
     priority_rollout: bool | None = None  # sample start states by trajectory return; None: by task
-    priority_policy: bool | None = None  # sample real transitions likewise; None: by task
-    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    priority_policy: bool | None = None  # sample real transitions by trajectory return; None: by task
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; if off, never
     model_buffer_size: PositiveInt = 4_000_000  # imagined transitions, generated once before policy learning
     rollout_batch_size: PositiveInt = 20_000  # start states per model call
     rollout_policy_updates: PositiveInt = 500_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 100
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder, also in BCQ's generator
-    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
+    kl_weight: NonNegative = 0.5  # weight of the mean KL in the rollout policy's CVAE; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound on the rollout CVAE's sampled latents; paper: inf
     rbc_hidden: PositiveInt = 256  # width of the 2 hidden layers
     rbc_entropy: NonNegative = 0.0  # weight of an entropy bonus; code: 0.5
 
@@ -114,16 +114,16 @@ class Args:
     batch_size: PositiveInt = 100  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, PositiveInt] = (400, 300)  # hidden layers of perturbation and Q functions
+    hidden: tuple[PositiveInt, PositiveInt] = (400, 300)  # hidden layer sizes of perturbation and Q functions
     lr: Positive = 1e-3  # Q functions, perturbation and generator
-    lmbda: Share = 0.75  # weight of the smaller Q function in the target (lambda)
-    phi: NonNegative = 0.05  # bound of the perturbation
+    lmbda: Share = 0.75  # weight of the smaller of the two Q values in the target (lambda)
+    phi: NonNegative = 0.05  # bound on the perturbation
     bcq_samples: PositiveInt = 10  # generated actions per next state in the TD target
     eval_samples: PositiveInt = 100  # generated actions per state when acting; the one with the largest Q_1 is executed
 
 
-# h, eta, rollout policy, sampling by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours": not in there.
-# The longest key that begins the task's name applies.
+# h, eta, rollout policy, sampling by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours": in neither.
+# The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (5, 0.7, "uniform", False),
     "maze2d-medium": (5, 0.5, "uniform", False),
@@ -141,7 +141,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -226,7 +226,7 @@ class BehaviourCloning(nn.Module):
     """pi(a|c): tanh-squashed Gaussian on standardised states; conditioned on s' it is RBC (ROMI Sec. 4.4)."""
 
     def __init__(self, cond, act_dim, hidden, entropy_weight):
-        """cond (N, O): states that set its mean and standard deviation"""
+        """cond (N, O): states whose mean and standard deviation standardise the input"""
         super().__init__()
         self.entropy_weight, self.net = entropy_weight, mlp(cond.shape[1], hidden, hidden, 2 * act_dim)
         mean, std = cond.mean(0), cond.std(0)
@@ -318,7 +318,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
+        """Copy members of `current` whose holdout MSE (E,) improved by over 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -419,7 +419,7 @@ def termination_fn(task, data, args):
 
 def row_sampler(rows, returns=None):
     """Returns a function: size -> that many of `rows` (N, ...), sampled with replacement, uniformly or in proportion to
-    their trajectory's return, `returns` (N,), above the worst (wenzhe-li/romi, dataset_processor.py)."""
+    their trajectory's return, `returns` (N,), minus the lowest (wenzhe-li/romi, dataset_processor.py)."""
     device, n = rows.device, len(rows)
     if returns is None or returns.max() == returns.min():
         return lambda size: rows[torch.randint(n, (size,), device=device)]
@@ -435,7 +435,7 @@ def row_sampler(rows, returns=None):
 @torch.no_grad()
 def imagine(starts, dynamics, rollout_policy, terminates, args):
     """Forward rollouts until the buffer is full (ROMI Alg. 1, l. 10-14); starts: size -> data states (size, O).
-    Returns rows (M, 2 O + A + 2), and up to 500 chains for inspection: h lists [obs, act, next_obs], as imagined."""
+    Returns rows (M, 2 O + A + 2) and up to 500 chains for inspection: h lists [obs, act, next_obs] in rollout order."""
     M = args.model_buffer_size
     num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # a small buffer gets whole chains, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")

@@ -13,7 +13,7 @@ Paper: Yu et al. 2020, arXiv:2005.13239; lines are those of its Algorithm 2. Cod
     python algorithms/mopo.py --env hopper-medium-replay --model-ratio 0   # no model: SAC on fixed data
 
 Two presets. v0: the code's horizon, lambda, learning rates, updates and target entropy, for D4RL's v0 data. v2
-(default): those of yihaosun1124/OfflineRL-Kit, for today's data, with a cosine decay of the policy's learning rate.
+(default): those of yihaosun1124/OfflineRL-Kit, for v2 data, with a cosine decay of the policy's learning rate.
 
 Differences from paper and code:
   1. u is the norm of the standard deviations, as in the code, for which all published lambdas were tuned; the paper
@@ -43,7 +43,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -54,13 +54,13 @@ class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
     exp_name: Name | None = None  # None: mopo; mbpo without penalty; sac without model; with preset v0 ..._v0
-    preset: Literal["v2", "v0"] = "v2"  # settings below that are None: OfflineRL-Kit's (v2) or older, for v0 data (v0)
+    preset: Literal["v2", "v0"] = "v2"  # for settings that are None: OfflineRL-Kit's (v2) or the original ones (v0)
     seed: Seed = 0
     total_updates: PositiveInt | None = None  # gradient updates of the learner; None: 3 000 000 (v2), 1 000 000 (v0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: PositiveInt | None = None  # CPU threads; None: all cores
     compile: bool = False  # torch.compile the losses; on a GPU with CUDA graphs
-    bf16: bool = False  # bfloat16 for the uncertainty of all members, most of a rollout's time
+    bf16: bool = False  # bfloat16 for the aleatoric u of all members, most of a rollout's time
     run_dir: str = "runs"  # folder of all runs
     checkpoint_every: PositiveInt = 10_000  # updates; dynamics training saves once per epoch
 
@@ -88,7 +88,7 @@ class Args:
     dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
-    holdout_max: PositiveInt = 1_000  # at most this many
+    holdout_max: PositiveInt = 1_000  # maximum number of held-out transitions
 
     # --- rollout ---
     horizon: PositiveInt | None = None  # rollout length (h); None: by task
@@ -96,7 +96,7 @@ class Args:
     rollout_every: PositiveInt = 1_000  # updates between rounds of rollouts
     rollout_starts: PositiveInt = 50_000  # start states per round
     rollouts_kept: PositiveInt = 5  # rounds kept in the buffer
-    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; if off, never
     penalty_coef: NonNegative | None = None  # lambda; 0: no penalty; None: by task, for the aleatoric u
     penalty: Literal["aleatoric", "pairwise_diff", "ensemble_std"] = "aleatoric"  # u(s, a), see penalty_of()
 
@@ -104,15 +104,15 @@ class Args:
     batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layers of policy and Q functions
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layer sizes of policy and Q functions
     qf_lr: Positive = 3e-4
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
-    policy_lr_decay: NonNegativeInt | None = None  # updates in which a cosine takes the policy's rate to 0; 0: constant
+    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: constant
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions; v0: always -3
 
 
 # Horizon h and penalty weight lambda. v0: tianheyu927/mopo, examples/config/d4rl; v2:
-# OfflineRL-Kit, run_mopo.py; "ours" is in neither. The longest key that begins the task's name applies.
+# OfflineRL-Kit, run_mopo.py; "ours" is in neither. The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "v0": {
         "halfcheetah-random": (5, 0.5),
@@ -127,7 +127,7 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 5.0),  # 1 in the paper's table
         "hopper-medium-expert": (5, 1.0),
         "walker2d-medium-expert": (1, 2.0),
-        "halfcheetah-jump": (5, 1.0),  # ours, as for every other task
+        "halfcheetah-jump": (5, 1.0),  # ours, like the two rows below
         "ant-angle": (5, 1.0),
         "": (1, 1.0),
     },
@@ -144,7 +144,7 @@ SETTINGS = {
         "halfcheetah-medium-expert": (5, 2.5),
         "hopper-medium-expert": (5, 5.0),
         "walker2d-medium-expert": (1, 2.5),
-        "halfcheetah-jump": (5, 1.0),  # ours, as for every other task
+        "halfcheetah-jump": (5, 1.0),  # ours, like the two rows below
         "ant-angle": (5, 1.0),
         "": (1, 1.0),
     },
@@ -155,7 +155,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -275,7 +275,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
+        """Copy members of `current` whose holdout MSE (E,) improved by over 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -392,8 +392,8 @@ def penalty_of(kind, mean, logvar):
 
 @torch.no_grad()
 def imagine(starts, dynamics, policy, terminates, args):
-    """Rollouts from `rollout_starts` of `starts` (N, O) (Alg. 2, l. 4-10). Returns rows (M, 2 O + A + 2), with M at
-    most horizon x rollout_starts, and metrics."""
+    """Rollouts from `rollout_starts` states drawn from `starts` (N, O) (Alg. 2, l. 4-10). Returns rows
+    (M, 2 O + A + 2), M at most horizon x rollout_starts, and metrics."""
     obs = draw(starts, args.rollout_starts)  # l. 5
     rows, penalties = [], []
     for _ in range(args.horizon):  # l. 6
@@ -426,7 +426,7 @@ class ModelBuffer:
         self.rollouts = deque(maxlen=args.rollouts_kept)  # of each round: step, weights of the policy, rows
 
     def add(self, step, weights):
-        """Replaces the oldest round by rollouts of the policy with these weights (a state dict); returns metrics."""
+        """Adds a round by the policy with these weights (a state dict), drops the oldest if full; returns metrics."""
         obs_dim, device = self.starts.shape[1], self.starts.device
         with torch.random.fork_rng([] if device.type == "cpu" else [device]):  # leaves the learner's random state alone
             torch.manual_seed(1_000_000 * (4 * self.args.seed + 2) + step // self.args.rollout_every)
@@ -434,7 +434,7 @@ class ModelBuffer:
             policy.load_state_dict(weights)
             rows, stats = imagine(self.starts, self.dynamics, policy, self.terminates, self.args)
         if not rows.isfinite().all():
-            raise UserError("imagined states are not finite: the model diverged; try a shorter --horizon", status=3)
+            raise UserError("imagined rows are not finite: the model diverged; try a shorter --horizon", status=3)
         self.rollouts.append((step, policy.state_dict(), rows))
         self.rows = torch.cat([rows for _, _, rows in self.rollouts])
         return stats
@@ -529,7 +529,7 @@ def resolve(args, task):
         tuned |= {"total_updates": 1_000_000, "policy_lr": 3e-4, "policy_lr_decay": 0, "target_entropy": -3.0}
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if 0 < args.policy_lr_decay < args.total_updates:
-        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: the policy's rate is 0 from there on; 0: no decay")
+        raise UserError(f"--policy-lr-decay {args.policy_lr_decay}: from then on the policy's rate is 0; 0: no decay")
     num_real = int((1 - args.model_ratio) * args.batch_size + 1e-6)
     if args.model_ratio > 0 and num_real == args.batch_size:
         raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")

@@ -17,8 +17,8 @@ Papers: Wang et al. 2021, arXiv:2110.00188 (ROMI); Kumar et al. 2020, arXiv:2006
 Where paper and code disagree, we follow the code: the KL term has a quarter of its weight in Eq. 3, sampled latents are
 clipped to +-0.5, the share of imagined transitions per batch is fixed, a rollout stops after a transition whose s' is
 terminal, even its first, and start states and real transitions are sampled in proportion to their trajectory's return
-above the worst (not on maze2d, see SETTINGS). On antmaze this leaves only trajectories that reach the goal, as every
-reward ends one. "l." is a line of ROMI's Algorithm 1. Differences from the code:
+minus the lowest (not on maze2d, see SETTINGS). On antmaze, where rewards end trajectories, this leaves only those that
+reach the goal. "l." is a line of ROMI's Algorithm 1. Differences from the code:
   1. Batches are split exactly: round(eta B) imagined transitions, the rest real; the code loses one (255 of 256).
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
@@ -44,7 +44,7 @@ import tyro
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Decays, Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import check_ends, describe_imagination, evaluate, load_dataset, make_env, pack, parse_task, unpack
@@ -88,23 +88,23 @@ class Args:
     dynamics_patience: NonNegativeInt = 5  # stop if no member improves by 1 % for more epochs than this
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
     holdout_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2  # share of transitions held out
-    holdout_max: PositiveInt = 1_000  # at most this many
+    holdout_max: PositiveInt = 1_000  # maximum number of held-out transitions
 
     # --- rollout ---
     horizon: PositiveInt | None = None  # rollout length (h); None: by task
     model_ratio: Share | None = None  # share of imagined transitions per batch (eta); 0: no model; None: by task
     rollout_policy: Literal["cvae", "uniform", "rbc"] | None = None  # source of imagined actions; None: by task
     priority_rollout: bool | None = None  # sample start states by trajectory return; None: by task
-    priority_policy: bool | None = None  # sample real transitions likewise; None: by task
-    imagined_ends: bool = True  # rollouts end by the environment's termination rule; no: never
+    priority_policy: bool | None = None  # sample real transitions by trajectory return; None: by task
+    imagined_ends: bool = True  # rollouts end by the environment's termination rule; if off, never
     model_buffer_size: PositiveInt = 4_000_000  # imagined transitions, generated once before policy learning
     rollout_batch_size: PositiveInt = 20_000  # start states per model call
     rollout_policy_updates: PositiveInt = 500_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 100
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
+    kl_weight: NonNegative = 0.5  # weight of the mean KL in the rollout policy's CVAE; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound on the rollout CVAE's sampled latents; paper: inf
     rbc_hidden: PositiveInt = 256  # width of the 2 hidden layers
     rbc_entropy: NonNegative = 0.0  # weight of an entropy bonus; code: 0.5
 
@@ -112,7 +112,7 @@ class Args:
     batch_size: PositiveInt = 256  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layers of policy and Q functions
+    hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layer sizes of policy and Q functions
     qf_lr: Positive = 3e-4
     policy_lr: Positive = 1e-4  # policy and temperature
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
@@ -124,8 +124,8 @@ class Args:
     lagrange_gap: FiniteFloat = 10.0
 
 
-# h, eta, rollout policy, sampling by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours": not in there.
-# The longest key that begins the task's name applies.
+# h, eta, rollout policy, sampling by return: wenzhe-li/romi, train_bcq.py, cql_mujoco_new.py; "ours": in neither.
+# The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (5, 0.7, "uniform", False),
     "maze2d-medium": (5, 0.5, "uniform", False),
@@ -143,7 +143,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -229,7 +229,7 @@ class BehaviourCloning(nn.Module):
     """pi(a|c): tanh-squashed Gaussian on standardised states; conditioned on s' it is RBC (ROMI Sec. 4.4)."""
 
     def __init__(self, cond, act_dim, hidden, entropy_weight):
-        """cond (N, O): states that set its mean and standard deviation"""
+        """cond (N, O): states whose mean and standard deviation standardise the input"""
         super().__init__()
         self.entropy_weight, self.net = entropy_weight, mlp(cond.shape[1], hidden, hidden, 2 * act_dim)
         mean, std = cond.mean(0), cond.std(0)
@@ -321,7 +321,7 @@ class Dynamics(nn.Module):
 
     @torch.no_grad()
     def keep_best(self, current, mse, epoch):
-        """Copy members of `current` whose holdout MSE (E,) improved by 1 %, and always the variance bounds."""
+        """Copy members of `current` whose holdout MSE (E,) improved by over 1 %, and always the variance bounds."""
         improved = mse < 0.99 * self.best_mse
         for kept, p in zip([*self.weight, *self.bias], [*current.weight, *current.bias], strict=True):
             kept[improved] = p[improved]
@@ -422,7 +422,7 @@ def termination_fn(task, data, args):
 
 def row_sampler(rows, returns=None):
     """Returns a function: size -> that many of `rows` (N, ...), sampled with replacement, uniformly or in proportion to
-    their trajectory's return, `returns` (N,), above the worst (wenzhe-li/romi, dataset_processor.py)."""
+    their trajectory's return, `returns` (N,), minus the lowest (wenzhe-li/romi, dataset_processor.py)."""
     device, n = rows.device, len(rows)
     if returns is None or returns.max() == returns.min():
         return lambda size: rows[torch.randint(n, (size,), device=device)]
@@ -438,7 +438,7 @@ def row_sampler(rows, returns=None):
 @torch.no_grad()
 def imagine(starts, dynamics, rollout_policy, terminates, args):
     """Reverse rollouts until the buffer is full (ROMI Alg. 1, l. 10-14); starts: size -> data states (size, O).
-    Returns rows (M, 2 O + A + 2), and up to 500 chains for inspection: h lists [obs, act, next_obs], as imagined."""
+    Returns rows (M, 2 O + A + 2) and up to 500 chains for inspection: h lists [obs, act, next_obs] in rollout order."""
     M = args.model_buffer_size
     num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # a small buffer gets whole chains, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")
@@ -494,7 +494,7 @@ class CQL:
             plumbing.compile_methods(self, "policy_loss", "critic_loss")
 
     def policy_loss(self, obs, act, alpha, warm_up: bool):
-        """SAC's objective (arXiv:1812.05905, Eq. 7); in the warm-up the likelihood of the data's actions replaces Q."""
+        """SAC's objective (arXiv:1812.05905, Eq. 7); in the warm-up the log-likelihood of `act` replaces Q."""
         mean, log_std = self.policy(obs)
         new_act, log_prob = squash(mean, log_std, torch.randn_like(mean))
         gain = squashed_log_prob(mean, log_std, act) if warm_up else self.qf(obs, new_act).amin(0)
@@ -528,7 +528,7 @@ class CQL:
         descend(self.policy_opt, policy_loss - self.alphas["sac"] * (log_prob + self.target_entropy))
         metrics = {"losses/policy": policy_loss.detach(), "q/entropy": -log_prob, "q/alpha": alpha}
         if clone_only:
-            return metrics  # the policy does not use Q yet
+            return metrics  # the policy never uses Q
         td_loss, penalty, q_means = self.critic_loss(obs, act, rew, next_obs, terminated)
         critic_loss = td_loss + self.args.cql_alpha * penalty  # CQL Eq. 4
         if self.args.lagrange:  # ascent on alpha (penalty - gap), summed over both Q functions
@@ -640,7 +640,7 @@ def main(args):
     envs = [make_env(task) for _ in range(args.eval_episodes)]
     config = plumbing.describe_run(__file__, args, task, data, device, "reverse", MODEL_FLAGS)
     clone_only = args.model_ratio == 0 and args.bc_warmup >= args.total_updates
-    config["args"]["bc_warmup"] = "to the end" if clone_only else args.bc_warmup  # no run resumes with the other
+    config["args"]["bc_warmup"] = "to the end" if clone_only else args.bc_warmup  # neither kind resumes the other
     run = Run(args, config)
     if run.finished:
         return

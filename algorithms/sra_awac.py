@@ -2,15 +2,15 @@
 
 No rewards: a few expert trajectories D^E show what to do, a large supplementary dataset D^S what is possible.
 Papers: Shao et al. 2024, arXiv:2406.12550 (SRA; lines and equations: the authors' KDD slides); Nair
-et al. 2020, arXiv:2006.09359 (AWAC); Wang et al. 2021, arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024, of the
-learner tinkoff-ai/CORL (awac.py).
+et al. 2020, arXiv:2006.09359 (AWAC); Wang et al. 2021, arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024; for the
+learner: tinkoff-ai/CORL (awac.py).
 
   reverse model    s = T(s', a): mean of 7 networks         squared error on D^E + D^S          SRA Alg. 1, l. 1-3
   reverse policy   pi_r(a | s'): CVAE, or uniform           variational bound on D^E + D^S      l. 4-6, ROMI Eq. 3
   goals            G = {s in D^S: Conf(s) > c} + D^E        Conf(s) = pi(E[a|s] | s)            l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where the policy is unsure          l. 10, SRA Eq. 5
-  labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
+  labels           reward 1 on D^E, 0 on D^S and D^R        as in the code and UDS, arXiv:2202.01741
   learner          Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2    a' ~ pi(.|s')                   l. 12, AWAC
                    pi: -E_DE[log pi] - E[w log pi]              w = min(exp(A / lambda), 100)   AWAC
                        A = min_j Q_j(s, a) - min_j Q_j(s, a~)   a~ ~ pi(.|s)
@@ -44,7 +44,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import describe_augmentation, evaluate, load_dataset, load_expert, make_env, pack, parse_task, unpack
@@ -73,21 +73,21 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
-    expert_trajectories: PositiveInt = 5  # number of demonstrations used
+    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # ensemble members
-    # hidden layers
+    # hidden layer sizes
     dynamics_layers: Annotated[tuple[PositiveInt, ...], tyro.conf.arg(aliases=["--dynamics-hidden"])] = (1024, 1024)
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as in the code
     dynamics_learning_rate: Positive | None = None  # None: 1e-4 (sgd), 1e-3 (adam)
     dynamics_clip: Positive = 1.0  # maximum gradient norm of a member
     dynamics_batch_size: PositiveInt = 256
-    dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # a fixed number
+    dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # no early stopping
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
 
     # --- rollout ---
@@ -102,31 +102,31 @@ class Args:
     oversampling: PositiveInt = 2  # imagined transitions per one that is kept
     threshold: Literal["quantile", "mean"] = "quantile"  # of Conf on expert states: other states above it are goals
     threshold_quantile: Share = 0.8
-    goal_cap: PositiveInt = 10  # at most this many such states per expert state, the most confident; not with the mean
+    goal_cap: PositiveInt = 10  # keep at most this many confident states per expert state; ignored with the mean
     expert_starts: Share = 0.9  # share of rollouts that start at expert states
     new_ratio: Share = 0.3  # share of the last round in imagined rows, and in start states other than the expert's
     rollout_policy_updates: PositiveInt = 200_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
+    kl_weight: NonNegative = 0.5  # weight of the mean KL in the rollout policy's CVAE; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound on the rollout CVAE's sampled latents; paper: inf
 
     # --- learner ---
     batch_size: PositiveInt = 512  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layers of policy and Q functions
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layer sizes of policy and Q functions
     learning_rate: Positive | None = None  # of all learner networks; None: by task
-    learning_rate_drop: NonNegativeInt | None = None  # updates after which it drops to a tenth; 0: never; None: by task
-    cosine_updates: NonNegativeInt = 500_000  # in which a cosine takes the policy's rate to 0; 0: constant
+    learning_rate_drop: NonNegativeInt | None = None  # updates until the rate drops to a tenth; 0: never; None: by task
+    cosine_updates: NonNegativeInt = 500_000  # updates until a cosine takes the policy's rate to 0; 0: constant
     weight_decay: NonNegative = 5e-3  # Adam's, added to the gradient, on all weights and biases
-    bc_weight: NonNegative = 1.0  # of cloning the experts; 0: the plain learner
+    bc_weight: NonNegative = 1.0  # weight of cloning the experts; 0: the plain learner
     temperature: Positive | None = None  # of the advantage weights (lambda); None: by task
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. lambda: CORL, configs/offline/awac. The longest key counts.
+# (*-medium); warm-up: default of sra_iql.py, mazes ours. lambda: CORL, configs/offline/awac. The longest prefix counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0, 0.1),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0, 0.1),
@@ -143,7 +143,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -306,7 +306,7 @@ class ReverseDynamics(nn.Module):
 
 
 def clip_member_gradients(parameters, largest):
-    """Clip the gradient norm of each member (first axis of every tensor)."""
+    """Clip the gradient norm of each member (first axis of every tensor) to `largest`."""
     norm = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)  # (E,)
     scale = (largest / (norm + 1e-6)).clamp(max=1)[:, None, None]
     for p in parameters:
@@ -524,7 +524,7 @@ class AWAC:
     def update(self, obs, act, rew, next_obs, terminated, step):
         """Q functions, targets, policy, in this order; the first half of a batch is expert rows. Returns metrics."""
         self.set_rates(step)
-        with self.autocast():  # caches bfloat16 weights until its end, so each loss has its own
+        with self.autocast():  # one context per loss: it caches bfloat16 weights until it ends
             critic_loss, q_stats = self.critic_loss(obs, act, rew, next_obs, terminated)
         descend(self.qf_opt, critic_loss)
         with torch.no_grad():
@@ -567,7 +567,7 @@ def resolve(args, task):
     if 0 < args.cosine_updates < args.total_updates:
         raise UserError(f"--total-updates {args.total_updates}: more than --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size}: must be even: half of a batch is expert rows")
+        raise UserError(f"--batch-size {args.batch_size}: must be even, as half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if rounds and args.rollout_rows < args.horizon:

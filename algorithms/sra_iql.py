@@ -9,7 +9,7 @@ et al. 2021, arXiv:2110.06169 (IQL); Wang et al. 2021, arXiv:2110.00188 (ROMI). 
   goals            G = {s in D^S: Conf(s) > c} + D^E        Conf(s) = pi(E[a|s] | s)            l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where the policy is unsure          l. 10, SRA Eq. 5
-  labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
+  labels           reward 1 on D^E, 0 on D^S and D^R        as in the code and UDS, arXiv:2202.01741
   learner          V: |tau - 1(u < 0)| u^2                  u = min_j Q'_j(s, a) - V(s)         l. 12, IQL Eq. 5
                    Q: (Q_j - r - gamma V(s'))^2                                                 IQL Eq. 6
                    pi: -E_DE[log pi] - alpha E[w log pi]    w = min(exp(beta u), 100)           IQL Eq. 7
@@ -23,7 +23,7 @@ Where slides and code disagree, we follow the code: T by squared error (slides: 
 (slides: its mean), 90 % of start states from D^E, each imagined step resampled, the next starting from what is kept.
 Differences from the code:
   1. Batches are split exactly, and the first round also starts from confident states; the code has a bug in each.
-  2. Mazes are augmented from the start, every 50 000 updates, as on the slides; the script has 20 000 and divides by 0.
+  2. Mazes are augmented from the start, every 50 000 updates, as on the slides; the script (20 000) has 0 rounds.
   3. Members keep their best epoch, and "earlier rounds" exclude the last; in the code shared references break both.
   4. log Conf is exact; the code clips tanh(mean) to 1 - 1e-7, so a narrow policy with a mean above 8.3 counts as least
      confident, here as most. Data actions are clipped to 1 - 1e-6 (code: 1 - 1e-7).
@@ -45,7 +45,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import describe_augmentation, evaluate, load_dataset, load_expert, make_env, pack, parse_task, unpack
@@ -74,21 +74,21 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
-    expert_trajectories: PositiveInt = 5  # number of demonstrations used
+    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # ensemble members
-    # hidden layers
+    # hidden layer sizes
     dynamics_layers: Annotated[tuple[PositiveInt, ...], tyro.conf.arg(aliases=["--dynamics-hidden"])] = (1024, 1024)
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as in the code
     dynamics_learning_rate: Positive | None = None  # None: 1e-4 (sgd), 1e-3 (adam)
     dynamics_clip: Positive = 1.0  # maximum gradient norm of a member
     dynamics_batch_size: PositiveInt = 256
-    dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # a fixed number
+    dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # no early stopping
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
 
     # --- rollout ---
@@ -103,33 +103,33 @@ class Args:
     oversampling: PositiveInt = 2  # imagined transitions per one that is kept
     threshold: Literal["quantile", "mean"] = "quantile"  # of Conf on expert states: other states above it are goals
     threshold_quantile: Share = 0.8
-    goal_cap: PositiveInt = 10  # at most this many such states per expert state, the most confident; not with the mean
+    goal_cap: PositiveInt = 10  # keep at most this many confident states per expert state; ignored with the mean
     expert_starts: Share = 0.9  # share of rollouts that start at expert states
     new_ratio: Share = 0.3  # share of the last round in imagined rows, and in start states other than the expert's
     rollout_policy_updates: PositiveInt = 200_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
+    kl_weight: NonNegative = 0.5  # weight of the mean KL in the rollout policy's CVAE; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound on the rollout CVAE's sampled latents; paper: inf
 
     # --- learner ---
     batch_size: PositiveInt = 512  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layers of policy, Q functions and V
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layer sizes of policy, Q functions and V
     learning_rate: Positive | None = None  # of all learner networks; None: by task
-    learning_rate_drop: NonNegativeInt | None = None  # updates after which it drops to a tenth; 0: never; None: by task
-    cosine_updates: NonNegativeInt = 500_000  # in which a cosine takes the policy's rate to 0; 0: constant
+    learning_rate_drop: NonNegativeInt | None = None  # updates until the rate drops to a tenth; 0: never; None: by task
+    cosine_updates: NonNegativeInt = 500_000  # updates until a cosine takes the policy's rate to 0; 0: constant
     weight_decay: NonNegative = 5e-3  # Adam's, added to the gradient, on all weights and biases
-    bc_weight: NonNegative = 1.0  # of cloning the experts; 0: the plain learner
+    bc_weight: NonNegative = 1.0  # weight of cloning the experts; 0: the plain learner
     iql_weight: NonNegative = 1.0  # of the advantage-weighted term (alpha); 0: behaviour cloning
     expectile: Annotated[float, Field(gt=0, lt=1)] = 0.7  # tau in the paper
     inverse_temperature: NonNegative = 3.0  # of the advantage weights (beta)
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that begins the task's name applies.
+# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0),
@@ -145,7 +145,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -308,7 +308,7 @@ class ReverseDynamics(nn.Module):
 
 
 def clip_member_gradients(parameters, largest):
-    """Clip the gradient norm of each member (first axis of every tensor)."""
+    """Clip the gradient norm of each member (first axis of every tensor) to `largest`."""
     norm = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)  # (E,)
     scale = (largest / (norm + 1e-6)).clamp(max=1)[:, None, None]
     for p in parameters:
@@ -540,7 +540,7 @@ class IQL:
             descend(self.policy_opt, policy_loss)
             return {"losses/policy": policy_loss.detach()}
 
-        with torch.no_grad(), self.autocast():  # caches bfloat16 weights until its end, so each loss has its own
+        with torch.no_grad(), self.autocast():  # one context per loss: it caches bfloat16 weights until it ends
             next_v = self.vf(next_obs).squeeze(-1)  # before V moves
         with self.autocast():
             value_loss, advantage = self.value_loss(obs, act)
@@ -588,11 +588,11 @@ def resolve(args, task):
     if 0 < args.cosine_updates < args.total_updates:
         raise UserError(f"--total-updates {args.total_updates}: more than --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size}: must be even: half of a batch is expert rows")
+        raise UserError(f"--batch-size {args.batch_size}: must be even, as half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if not args.iql_weight and (args.model_ratio > 0 or not args.bc_weight):
-        raise UserError("--iql-weight 0: clones the experts alone, with a --bc-weight and without --model-ratio")
+        raise UserError("--iql-weight 0: only clones the experts, so needs a --bc-weight and --model-ratio 0")
     if rounds and args.rollout_rows < args.horizon:
         raise UserError(f"--rollout-rows {args.rollout_rows}: fewer than the {args.horizon} steps of a round")
     if args.model_ratio > 0 and not rounds:

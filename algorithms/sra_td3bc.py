@@ -3,14 +3,14 @@
 No rewards: a few expert trajectories D^E show what to do, a large supplementary dataset D^S what is possible.
 Papers: Shao et al. 2024, arXiv:2406.12550 (SRA; lines and equations: the authors' KDD slides); Fujimoto
 and Gu 2021, arXiv:2106.06860 (TD3+BC); Fujimoto et al. 2018, arXiv:1802.09477 (TD3); Wang et al. 2021,
-arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024, of the learner tinkoff-ai/CORL (td3_bc.py).
+arXiv:2110.00188 (ROMI). Code: sh-jj/SRA-KDD-2024; for the learner: tinkoff-ai/CORL (td3_bc.py).
 
   reverse model    s = T(s', a): mean of 7 networks         squared error on D^E + D^S          SRA Alg. 1, l. 1-3
   reverse policy   pi_r(a | s'): CVAE, or uniform           variational bound on D^E + D^S      l. 4-6, ROMI Eq. 3
   goals            G = {s in D^S: Conf(s) > c} + D^E        Conf(s) = pi_c(E[a|s] | s)          l. 8, SRA Eq. 4
   augmentation     s' ~ G, a ~ pi_r(.|s'), s = T(s', a)     h steps back from the goals         l. 9, SRA Eq. 2
                    D^R: kept with weights 1 / Conf(s)       where pi_c is unsure                l. 10, SRA Eq. 5
-  labels           reward 1 on D^E, 0 on D^S and D^R        as the code and UDS, arXiv:2202.01741
+  labels           reward 1 on D^E, 0 on D^S and D^R        as in the code and UDS, arXiv:2202.01741
   learner          Q: (Q_j - r - gamma min_k Q'_k(s', a'))^2    a' = pi'(s') + clipped noise    l. 12, TD3
                    pi: -lambda E[Q_1(s, pi(s))] + MSE + MSE_DE  MSE = E[(pi(s) - a)^2]          TD3+BC
                                                                 lambda = alpha / E|Q_1|
@@ -46,7 +46,7 @@ import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so that copies of it work
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # after the script's folder, so copied modules come first
 import plumbing
 from plumbing import Episodes, Name, NonNegative, Positive, Seed, Share, UserError
 from utils import describe_augmentation, evaluate, load_dataset, load_expert, make_env, pack, parse_task, unpack
@@ -75,21 +75,21 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (the expert's data, on a maze the planner's), a Minari id, an HDF5 or npz file
-    expert_trajectories: PositiveInt = 5  # number of demonstrations used
+    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
 
     # --- dynamics ---
     ensemble_size: PositiveInt = 7  # ensemble members
-    # hidden layers
+    # hidden layer sizes
     dynamics_layers: Annotated[tuple[PositiveInt, ...], tyro.conf.arg(aliases=["--dynamics-hidden"])] = (1024, 1024)
     dynamics_bf16: bool = False  # bfloat16 in the model's hidden layers
     dynamics_optimizer: Literal["sgd", "adam"] = "sgd"  # sgd: with Nesterov momentum 0.9, as in the code
     dynamics_learning_rate: Positive | None = None  # None: 1e-4 (sgd), 1e-3 (adam)
     dynamics_clip: Positive = 1.0  # maximum gradient norm of a member
     dynamics_batch_size: PositiveInt = 256
-    dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # a fixed number
+    dynamics_epochs: Annotated[PositiveInt, tyro.conf.arg(aliases=["--dynamics-max-epochs"])] = 20  # no early stopping
     dynamics_from: str | None = None  # dynamics.pt of a run with the same data, seed and model settings
 
     # --- rollout ---
@@ -104,34 +104,34 @@ class Args:
     oversampling: PositiveInt = 2  # imagined transitions per one that is kept
     threshold: Literal["quantile", "mean"] = "quantile"  # of Conf on expert states: other states above it are goals
     threshold_quantile: Share = 0.8
-    goal_cap: PositiveInt = 10  # at most this many such states per expert state, the most confident; not with the mean
+    goal_cap: PositiveInt = 10  # keep at most this many confident states per expert state; ignored with the mean
     expert_starts: Share = 0.9  # share of rollouts that start at expert states
     new_ratio: Share = 0.3  # share of the last round in imagined rows, and in start states other than the expert's
     rollout_policy_updates: PositiveInt = 200_000  # gradient updates of a learnt rollout policy
     rollout_policy_batch_size: PositiveInt = 256
     rollout_policy_lr: Positive = 1e-3
     vae_hidden: PositiveInt = 750  # width of the 2 hidden layers of encoder and decoder
-    kl_weight: NonNegative = 0.5  # of the rollout policy's CVAE, for the mean KL; ROMI Eq. 3 would be 2
-    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound of its sampled latents; paper: inf
+    kl_weight: NonNegative = 0.5  # weight of the mean KL in the rollout policy's CVAE; ROMI Eq. 3 would be 2
+    latent_clip: Annotated[float, Field(gt=0)] = 0.5  # bound on the rollout CVAE's sampled latents; paper: inf
 
     # --- learner ---
     batch_size: PositiveInt = 512  # real and imagined transitions together
     gamma: Share = 0.99  # discount
     tau: Share = 0.005  # target network update rate
-    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layers of policy and Q functions
+    hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layer sizes of policy and Q functions
     learning_rate: Positive | None = None  # of all learner networks; None: by task
-    learning_rate_drop: NonNegativeInt | None = None  # updates after which it drops to a tenth; 0: never; None: by task
-    cosine_updates: NonNegativeInt = 500_000  # in which a cosine takes the policy's rate to 0; 0: constant
+    learning_rate_drop: NonNegativeInt | None = None  # updates until the rate drops to a tenth; 0: never; None: by task
+    cosine_updates: NonNegativeInt = 500_000  # updates until a cosine takes the policy's rate to 0; 0: constant
     weight_decay: NonNegative = 5e-3  # Adam's, added to the gradient, on all weights and biases
-    bc_weight: NonNegative = 1.0  # of cloning the experts; 0: the plain learner
-    alpha: NonNegative = 2.5  # weight of Q_1, scaled by its mean magnitude, against cloning of all rows
+    bc_weight: NonNegative = 1.0  # weight of cloning the experts; 0: the plain learner
+    alpha: NonNegative = 2.5  # weight of Q_1, divided by its mean magnitude, against cloning of all rows
     policy_noise: NonNegative = 0.2  # standard deviation of the noise on the target policy's actions
-    noise_clip: NonNegative = 0.5  # bound of that noise
+    noise_clip: NonNegative = 0.5  # bound on that noise
     policy_delay: PositiveInt = 2  # updates of the Q functions per update of policy and targets
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that begins the task's name applies.
+# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0),
@@ -147,7 +147,7 @@ SETTINGS = {
 
 
 class Float32Linear(nn.Linear):
-    """Stays in float32 under autocast: bfloat16 has steps of 0.06 near 9 (m), and of 0.5 near Q = 100."""
+    """Stays in float32 under autocast: bfloat16 has steps of 0.06 at a position of 9 m, and of 0.5 at Q = 100."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -310,7 +310,7 @@ class ReverseDynamics(nn.Module):
 
 
 def clip_member_gradients(parameters, largest):
-    """Clip the gradient norm of each member (first axis of every tensor)."""
+    """Clip the gradient norm of each member (first axis of every tensor) to `largest`."""
     norm = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)  # (E,)
     scale = (largest / (norm + 1e-6)).clamp(max=1)[:, None, None]
     for p in parameters:
@@ -475,8 +475,8 @@ def labelled(data, reward, normalizer, device):
 
 
 class TD3BC:
-    """TD3 with behaviour cloning, and of the experts once more (code: CORL, td3_bc.py). Conf is the density of the
-    policy `confidence`."""
+    """TD3 with behaviour cloning of all rows and once more of the expert rows (code: CORL, td3_bc.py). Conf is the
+    density of the policy `confidence`."""
 
     def __init__(self, normalizer, obs_dim, act_dim, args, device):
         self.args, self.device, self.normalizer = args, device, normalizer
@@ -514,7 +514,7 @@ class TD3BC:
         return -squashed_log_prob(*self.confidence(obs), act).mean()
 
     def policy_loss(self, obs, act):
-        """Q_1 of the policy's actions, scaled by its magnitude, cloning of all rows, and again of the expert rows."""
+        """Q_1 of the policy's actions over its mean magnitude, cloning of all rows, and again of the expert rows."""
         pi_act = self.policy(obs)
         q = self.qf.q1(torch.cat([obs, pi_act], -1))
         lmbda = self.args.alpha / q.detach().abs().mean()  # a constant for the gradient
@@ -537,7 +537,7 @@ class TD3BC:
         """Q functions, confidence and, in every second update (policy_delay), policy and targets, in this order; the
         first half of a batch is expert rows. Returns metrics, the policy's only when it is updated."""
         self.set_rates(step)
-        with self.autocast():  # caches bfloat16 weights until its end, so each loss has its own
+        with self.autocast():  # one context per loss: it caches bfloat16 weights until it ends
             critic_loss, stats = self.critic_loss(obs, act, rew, next_obs, terminated)
         descend(self.qf_opt, critic_loss)
         expert = slice(self.args.batch_size // 2)
@@ -587,7 +587,7 @@ def resolve(args, task):
     if 0 < args.cosine_updates < args.total_updates:
         raise UserError(f"--total-updates {args.total_updates}: more than --cosine-updates {args.cosine_updates}")
     if args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size}: must be even: half of a batch is expert rows")
+        raise UserError(f"--batch-size {args.batch_size}: must be even, as half of a batch is expert rows")
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size / 2) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
     if rounds and args.rollout_rows < args.horizon:

@@ -55,7 +55,7 @@ def run(
     Args:
         suite: see benchmark/suites.toml
         jobs: runs at a time
-        only: runs whose names contain one of these words or match the pattern, and the runs whose models they use
+        only: runs whose names contain one of these words or match one as a pattern, and the runs whose models they use
         run_dir: folder of all runs; default: the suite's
         dry_run: print the commands and exit; those that use another run's model come last
         slurm: submit the runs to Slurm instead of running them here
@@ -142,7 +142,7 @@ def collect(
             there, evals = (target / "result.json").read_text(), (target / "evals.jsonl").read_text().splitlines()
             other = "" if there == text else report.differs(json.loads(there), json.loads(text), evals, lines)
             if other and not force:
-                print(f"{folder.name}: left out, the result there has {other}; --force replaces it", file=sys.stderr)
+                print(f"{folder.name}: skipped, the existing result has {other}; --force replaces it", file=sys.stderr)
                 continue
             state = "unchanged" if there == text else f"replaces {json.loads(there)['updates']} updates"
         target.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ class FinishedRun:
             self.args = TypeAdapter(self.script.Args).validate_python(self.config["args"])
             self.task = parse_task(self.config["task"])
         except (OSError, ValueError, KeyError, ImportError) as e:
-            raise UserError(f"{folder}: is no run of these scripts ({type(e).__name__}: {e})") from None
+            raise UserError(f"{folder} is no run of these scripts ({type(e).__name__}: {e})") from None
         if self.task.domain not in WORLDS or self.script.__name__ not in ("romi_bcq", "fomi_bcq"):
             raise UserError(f"{folder}: case studies need runs of romi_bcq.py or fomi_bcq.py on maze2d or antmaze")
         self.world = WORLDS[self.task.domain]
@@ -75,11 +75,11 @@ class FinishedRun:
         self.dynamics, self.maze = None, self.task.kind.split("-")[0]
 
     def steps(self, phase, total=None, every=None, **parts):
-        """Restore a phase, if need be from the run that lent it; yields no step."""
+        """Restore a phase, if need be from the run that lent it; returns no steps."""
         file, lent = self.folder / f"{phase}.pt", getattr(self.args, f"{phase}_from", None)
         file = Path(lent) if lent and not file.exists() else file
         if not file.exists():
-            raise UserError(f"{file}: does not exist; has the run reached this phase?")
+            raise UserError(f"{file} does not exist; has the run reached this phase?")
         state = torch.load(file, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -98,7 +98,7 @@ class FinishedRun:
 
     def imagine(self, data, n, seed):
         """At most 500 rollouts in forward time: obs, act, next_obs, float64 arrays (n, h, ...)."""
-        torch.manual_seed(seed)  # start states are sampled first, so equal sampling gives equal starts
+        torch.manual_seed(seed)  # start states are sampled first, so runs that sample alike share them
         args = replace(self.args, rollout_batch_size=n, model_buffer_size=n * self.args.horizon)
         never = lambda obs, act, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
         starts = self.script.row_sampler(data.obs)
@@ -119,7 +119,7 @@ def study(run, data, tree, episodes, chains, seed):
         one, all_steps = run.world.replay_error(run.maze, obs, act, next_obs)
         out["imagined"] = {"trajectories": len(imagined), "horizon": run.args.horizon, "replay_error_1": one}
         out["imagined"] |= {"replay_error_h": all_steps, "discrepancy": mean_se(discrepancy(tree, imagined))}
-    # not the start states of evaluations in training: 1000 seed + 100
+    # seeds apart from those of evaluations in training, 1000 seed + 100
     executed, rewards = rollout([make_env(run.task) for _ in range(episodes)], run.agent.act, 1_000_000 * (1 + seed))
     returns = [float(r.sum()) for r in rewards]
     out["executed"] = {"trajectories": episodes, "return": mean_se(returns)}

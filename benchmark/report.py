@@ -161,7 +161,7 @@ def markdown(frame):
 
 
 def setting_table(rows):
-    """Table of one setting. Flags common to all rows, and the data if there is one, are below the table."""
+    """Table of one setting. Flags, and the data, are below the table if all rows share them."""
     shared = set.intersection(*map(set, rows.options)) if len(rows) > 1 else set()
     hashes = rows.groupby("data").sha.nunique()
     data = [d + (f" {sha[:8]}" if hashes[d] > 1 else "") for d, sha in zip(rows.data, rows.sha, strict=True)]
@@ -199,7 +199,7 @@ def reference_table(rows):
 
 
 def game_table(runs):
-    """ARMOR's games that chose its settings: gains over the reference, means of the last three evaluations."""
+    """Gains over the reference in ARMOR's select and diag games, means of the last three evaluations."""
     table = pd.DataFrame({"game": runs.algorithm})
     table["discounted"] = [np.mean([*gain.values()][-3:]) for gain in runs.gain]
     table["undiscounted"] = [np.mean([*c.values()][-3:]) - r for c, r in zip(runs.curve, runs.reference, strict=True)]
@@ -208,7 +208,7 @@ def game_table(runs):
 
 
 def claim_table(rows):
-    """claims.json with our numbers: of the rows with most seeds, those not on repaired data first, then the longest."""
+    """claims.json with our numbers: the row with most seeds, among equals not on repaired data, then the longest."""
     lines = []
     for claim in json.loads((HERE / "claims.json").read_text()):
         there, ours, theirs = rows[rows.setting == claim["setting"]], [], []
@@ -278,7 +278,7 @@ def fill(page, made):
     marker = re.compile(r"<!-- table: (\S+) -->\n(?:(?!<!-- table: ).)*?<!-- end -->", re.S)
     if wrong := sorted(set(marker.findall(page)) ^ set(made)):
         what = "no place" if wrong[0] in made else "no results"
-        raise UserError(f"{what} for the table {wrong[0]}; a place: <!-- table: {wrong[0]} --> and <!-- end -->")
+        raise UserError(f"{what} for the table {wrong[0]}; its markers: <!-- table: {wrong[0]} --> and <!-- end -->")
     return marker.sub(lambda match: f"<!-- table: {match[1]} -->\n{made[match[1]]}<!-- end -->", page)
 
 
@@ -297,10 +297,10 @@ def table(results: Path = RESULTS, page: Path = PAGE, check: bool = False):
     new = fill(old, made)
     if check and new != old:
         print("".join(difflib.unified_diff(*(t.splitlines(True) for t in (old, new)), str(page), "rebuilt", n=0)))
-        print(f"error: {page} is not what the results say; run `python -m benchmark table`", file=sys.stderr)
+        print(f"error: {page} does not match the results; run `python -m benchmark table`", file=sys.stderr)
         sys.exit(1)
     page.write_text(new)
-    print(f"{page}: {len(made)} tables {'as the results say' if new == old else 'rebuilt'}")
+    print(f"{page}: {len(made)} tables {'up to date' if new == old else 'rebuilt'}")
 
 
 def plot(results: Path = RESULTS, out: Path | None = None):
@@ -308,7 +308,7 @@ def plot(results: Path = RESULTS, out: Path | None = None):
 
     Args:
         results: folder of runs, or of results that `collect` copied
-        out: default: benchmark/figures, or <results>/figures
+        out: default: benchmark/figures, for other results <results>/figures
     """
     import matplotlib
 

@@ -71,7 +71,7 @@ def expand(suite, only=(), run_dir=""):
             runs[run.name] = run
     wanted = {n for n in runs if not only or any(w in n or fnmatch.fnmatchcase(n, w) for w in only)}
     if not wanted:
-        raise UserError(f"--only {' '.join(only)}: no run of this suite has that in its name; --dry-run shows them")
+        raise UserError(f"--only {' '.join(only)}: no run of this suite matches; --dry-run lists them all")
     wanted |= {runs[n].lender for n in wanted}
     return sorted((run for n, run in runs.items() if n in wanted), key=lambda run: bool(run.lender))
 

@@ -4,8 +4,8 @@ Recipe: Farama-Foundation/D4RL, scripts/generation/generate_ant_maze_datasets.py
 
   1. A run has a start and a goal. umaze starts at R, all others in a random cell. The goal lies in the cell of GOALS
      nearest to the evaluation's (umaze, play), or in any of GOALS (diverse).
-  2. At every step breadth-first search gives the next cell. The waypoint is a new point, its centre + U(0, 1) on each
-     axis, or the goal once the next cell is the goal's.
+  2. At every step breadth-first search gives the next cell. The waypoint is this cell's centre + U(0, 1) on each axis,
+     sampled anew, or the goal once the next cell is the goal's.
   3. D4RL's policy gets the direction; its action is sampled, N(0, 0.2^2) is added, and the sum is clipped.
   4. A run has 1001 rows. It does not end at its goal: the ant stays around it.
   5. Afterwards one evaluation goal is sampled for all rows; rewards and terminals are 1 where a step ends within 0.5 of
@@ -61,9 +61,9 @@ import utils
 from envs.antmaze import CELL, RADIUS, AntMaze, free_cells, goal_cell, middle, sample_goal
 from plumbing import NonNegative, Seed, UserError
 
-ROWS = 1001  # per run: D4RL checks its counter before it counts
+ROWS = 1001  # per run: D4RL checks its counter before incrementing it
 PART = 100  # runs per intermediate file
-GOALS = {  # goal cells of D4RL's maps for data generation, the nearest to the evaluation's first
+GOALS = {  # goal cells of D4RL's maps for data generation; first the one nearest to the evaluation's
     "umaze": [(3, 1)],
     "medium": [(6, 5), (2, 6), (5, 1)],
     "large": [(7, 9), (1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6)],
@@ -161,7 +161,7 @@ class Policy:
 
 
 def cell_of(position):
-    """(row, column) as in D4RL's search, which rounds down from cell centre to cell centre, not at borders."""
+    """(row, column) as in D4RL's search, where cells change at cell centres, not at borders."""
     return tuple(int(1 + max(p, 1e-4) / CELL) for p in (position[1], position[0]))
 
 
@@ -180,7 +180,7 @@ def next_cell(maze, cell, target):
 
 
 def waypoint(maze, position, goal, rng):
-    """Waypoint from a position: a new point in the next cell, or the goal if it is in that cell or in this one."""
+    """Waypoint from a position: a new point in the next cell, or the goal if it is in that cell or the ant's own."""
     target = cell_of(goal)
     cell = next_cell(maze, cell_of(position), target)
     return goal if cell == target else middle(cell) + rng.uniform(0, 1, 2)
@@ -274,7 +274,7 @@ def main(args, act=None):
         differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
         if differ:  # training would continue with other data under the same name
             differ = ", ".join(differ)
-            raise UserError(f"{path} was made with other {differ}; use another --out, or --overwrite to replace it")
+            raise UserError(f"{path} differs in {differ}; use another --out, or --overwrite to replace it")
         if not args.minari:
             return print(f"{path} exists; --overwrite generates it again", file=sys.stderr)
     act = act or Policy(read_policy(utils.ant_policy()))

@@ -123,7 +123,7 @@ def trajectory(maze, steps, seed, noise, repaired=False):
             target, since = cells[rng.integers(len(cells))], 0
         if repaired and ends[t]:
             planner.target = None  # plan again, even if the new target is the old one
-        if repaired or not ends[t]:  # D4RL's script does not update its observation here
+        if repaired or not ends[t]:  # D4RL's script keeps the old observation at an end
             state = next_obs[t]
     return obs, next_obs, act, ends, targets
 
@@ -159,8 +159,8 @@ def main(args):
             there = plumbing.read_json(path.with_suffix(".json"))
             differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
             if differ:
-                how = "give another --out, or --overwrite to replace it"
-                raise UserError(f"{path} was made with other {', '.join(differ)}; {how}")
+                how = "use another --out, or --overwrite to replace it"
+                raise UserError(f"{path} differs in {', '.join(differ)}; {how}")
     if args.expert:
         T = MAX_STEPS[args.maze]
         obs, act = expert(args.maze, -(-steps // T), args.seed, noise)

@@ -18,7 +18,7 @@ Each dataset is written as HDF5 in D4RL layout, with a .json of recipe, versions
 Minari dataset `rewind/<env>/<kind>-v0`. Repeating the command resumes an interrupted run and skips finished datasets.
 Differences from D4RL:
   1. Gymnasium's v4 robots on today's MuJoCo (hopper and ant with corrected contact margins, utils.make_env), not
-     mujoco-py. Scores on this data are therefore reported as `generated` or `bundled`, never as D4RL's.
+     mujoco-py. Scores on these data are therefore reported as `generated` or `bundled`, never as D4RL's.
   2. "medium" is the first evaluation (10 episodes, deterministic actions) whose mean return lies in --medium-band; D4RL
      says only "about a third of expert".
   3. Only complete episodes are kept, so no file ends in a fragment.
@@ -71,7 +71,7 @@ class Args:
 
     # --- data ---
     steps: PositiveInt = 1_000_000  # transitions of random, medium and expert
-    medium_band: tuple[float, float] = (0.406, 0.498)  # of the return, 0 for D4RL's random and 1 for its expert policy
+    medium_band: tuple[float, float] = (0.406, 0.498)  # of the normalised return; 0: D4RL's random policy, 1: expert
     min_replay: NonNegativeInt = 0  # earliest environment step at which a policy can be medium
 
     # --- SAC ---
@@ -231,7 +231,7 @@ def as_json(args):
 
 
 def other_settings(path, kind, args):
-    """Flags of the existing dataset that affect its kind and differ from `args`."""
+    """Flags of the existing dataset that affect data of its kind and differ from `args`."""
     mine, theirs = as_json(args), plumbing.read_json(path.with_suffix(".json")).get("args", {})
     idle = set(IDLE)
     if kind in ("medium-replay", *RELABELLED):
@@ -377,16 +377,16 @@ def main(args):
         why = f"must exceed --random-steps {args.random_steps}, or nothing is learnt"
         raise UserError(f"--total-steps {args.total_steps}: {why}")
     if wrong := [kind for kind in args.kinds if RELABELLED.get(kind, args.env) != args.env]:
-        raise UserError(f"--kinds {wrong[0]}: is a task of {RELABELLED[wrong[0]]}, not of {args.env}")
+        raise UserError(f"--kinds {wrong[0]} is a task of {RELABELLED[wrong[0]]}, not of {args.env}")
     if "jump" in args.kinds and len(args.kinds) > 1:
-        raise UserError("--kinds jump: generate it alone: its agent is trained on another reward")
+        raise UserError("--kinds jump: generate it alone, since its agent is trained on another reward")
     plumbing.start(SimpleNamespace(**asdict(args), device="cpu", compile=False))
     torch.manual_seed(args.seed)
     paths = {kind: args.out / f"{args.env}_{kind.replace('-', '_')}.hdf5" for kind in args.kinds}
     todo = [kind for kind in args.kinds if not (paths[kind].exists() and paths[kind].with_suffix(".json").exists())]
     for kind in sorted(set(args.kinds) - set(todo)):
         if other := other_settings(paths[kind], kind, args):
-            how = "remove it (and its .json), or give another --out"
+            how = "remove it (and its .json), or use another --out"
             raise UserError(f"{paths[kind]} was made with {', '.join(other)}; {how}")
         print(f"{paths[kind]} exists")
     if not todo:
@@ -424,7 +424,7 @@ def main(args):
 
         return collect(args.env, act, args.steps, (args.seed + 1) * 10_000_000, kind)
 
-    made = {}  # kind -> data, of what medium-expert may need
+    made = {}  # kind -> data that medium-expert may need
     for kind in sorted(todo, key=lambda kind: kind == "medium-expert"):  # last, when its halves may exist
         if kind == "medium-expert":
             halves = [made[half] if half in made else collected(half) for half in ("medium", "expert")]

@@ -8,8 +8,8 @@ The model has D4RL's parameters (Farama-Foundation/D4RL, d4rl/locomotion): an en
 on 4.0.0. Gymnasium-Robotics' AntMaze has a different robot, a different time step and mirrored mazes.
 
 Observation: x, y, z, quaternion, 8 joint angles, then their 14 velocities, but not the goal. The cell in row r and
-column c of a map is centred at x = 4 (c - 1), y = 4 (r - 1): the start R is the origin, y points down. At each reset a
-goal is sampled, as in D4RL's v2: the centre of G plus U(0, 1) + U(0, 0.5) on each axis. A step that ends within 0.5 of
+column c of a map is centred at x = 4 (c - 1), y = 4 (r - 1): the start R is the origin. At each reset a goal is
+sampled, as in D4RL's v2: the centre of G plus U(0, 1) + U(0, 0.5) on each axis. A step that ends within 0.5 of
 it gets reward 1 and ends the episode. Tasks in the same maze differ only in their data.
 """
 
@@ -156,7 +156,7 @@ class AntMaze(gymnasium.Env):
         return obs, float(reached), reached, False, {}
 
     def render(self):
-        """Top view, 80 pixels a cell, rows downwards: (height, width, 3) uint8"""
+        """Top view, 80 pixels per cell, rows downwards: (height, width, 3) uint8"""
         image, draw, place = top_view(self.maze, 80)
         (x, y), r = place(self.goal), 80 * RADIUS / CELL
         draw.ellipse([x - r, y - r, x + r, y + r], "limegreen")
@@ -194,7 +194,7 @@ def top_view(maze, scale):
 
 
 def goal_region(maze, place):
-    """Pixels (left, top, right, bottom) of all positions within reach of some goal."""
+    """Pixels (left, top, right, bottom) of all positions that some goal rewards."""
     x, y = middle(goal_cell(maze))
     return [*place((x - RADIUS, y - RADIUS)), *place((x + 1.5 + RADIUS, y + 1.5 + RADIUS))]
 
@@ -204,7 +204,7 @@ def view_trajectories(maze, trajectories, scale=80):
     image, draw, place = top_view(maze, scale)
     draw_lines(draw, place, trajectories, scale)
     region, radius = goal_region(maze, place), scale * RADIUS / CELL
-    draw.rounded_rectangle(region, radius, outline="green", width=scale // 40)  # visible under any number of lines
+    draw.rounded_rectangle(region, radius, outline="green", width=scale // 40)  # drawn last, so lines do not hide it
     return image
 
 

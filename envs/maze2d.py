@@ -124,7 +124,7 @@ class Maze2d(gymnasium.Env):
         return obs, float(self.reward(obs[:2])), False, False, {}
 
     def render(self):
-        """Top view, 40 pixels a cell, rows downwards: (height, width, 3) uint8"""
+        """Top view, 40 pixels per cell, rows downwards: (height, width, 3) uint8"""
         image, draw, place = top_view(self.maze, 40)
         (y, x), r = place(self.data.qpos), 4
         draw.ellipse([y - r, x - r, y + r, x + r], "red")
@@ -166,7 +166,7 @@ def view_trajectories(maze, trajectories, scale=80):
     draw_lines(draw, place, trajectories, scale)
     y, x = place(goal_cell(maze))
     goal = [y - scale / 2, x - scale / 2, y + scale / 2, x + scale / 2]
-    draw.ellipse(goal, outline="green", width=scale // 40)  # visible under any number of lines
+    draw.ellipse(goal, outline="green", width=scale // 40)  # drawn last, so lines do not hide it
     return image
 
 

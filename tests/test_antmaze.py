@@ -412,7 +412,7 @@ def test_data_of_other_settings_are_not_replaced_by_the_way(make, tmp_path, caps
     make()
     assert "exists; --overwrite" in capsys.readouterr().err
     assert (tmp_path / "data" / "antmaze_umaze.hdf5").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"other steps \(100 there, here 90\), noise \(0.2 there, here 0.1\)"):
+    with pytest.raises(UserError, match=r"differs in steps \(100 there, here 90\), noise \(0.2 there, here 0.1\)"):
         make(steps=90, noise=0.1)
     assert len(make(steps=90, overwrite=True)["rewards"]) == 90
 
@@ -447,7 +447,7 @@ def test_generated_data_are_found_and_made_on_first_use(generator, make, monkeyp
 
 
 def test_without_the_policy_one_line_says_how_to_get_it(own_folders):
-    how = f"place D4RL's ant_hierarch_pol.pkl, the ant that makes the data, into {utils.D4RL}"
+    how = f"put D4RL's ant_hierarch_pol.pkl, the ant that collects the data, in {utils.D4RL}"
     with pytest.raises(UserError) as e:
         load_dataset(parse_task("antmaze-umaze"), "generated")
     assert (
@@ -484,7 +484,7 @@ def test_data_of_another_mujoco_are_not_taken_for_the_same(make, tmp_path):
     make()
     file = tmp_path / "data" / "antmaze_umaze.json"
     file.write_text(file.read_text().replace(f'"mujoco": "{mujoco.__version__}"', '"mujoco": "2.2.0"'))
-    with pytest.raises(UserError, match=r"made with other mujoco \(2\.2\.0 there"):
+    with pytest.raises(UserError, match=r"differs in mujoco \(2\.2\.0 there"):
         make()
 
 

@@ -518,7 +518,7 @@ def test_atac_begins_where_armor_begins_and_may_take_its_warm_start(train, whole
     torch.save(mopos, tmp_path / "mopo.pt")
     wrong = {"gamma": f"{given} --gamma 0.9", "cloned": f"{given} --reference {whole}"}
     for word, flags in (wrong | {"ensemble_size": f"--dynamics-from {tmp_path}/mopo.pt"}).items():
-        with pytest.raises(UserError, match=f"different .*{word}"):
+        with pytest.raises(UserError, match=f"differs in .*{word}"):
             train(tmp_path / word, flags)
 
 

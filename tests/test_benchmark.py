@@ -142,7 +142,7 @@ def test_returns_where_there_is_no_score(tmp_path):
 
 def test_the_committed_page_is_what_the_results_say(capsys):
     report.table(check=True)
-    assert "as the results say" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().out
     assert len(report.PAGE.read_bytes()) <= 25_600
 
 

@@ -197,7 +197,7 @@ def test_data_of_other_settings_are_not_replaced_by_the_way(make, tmp_path):
     again = make(steps=900)("umaze")  # the same
     assert {p.name for p in tmp_path.iterdir()} == files and all((first[k] == again[k]).all() for k in first)
     for word, flags in {"steps": {"steps": 800}, "seed": {"seed": 1}, "noise": {"noise": 0.1}}.items():
-        with pytest.raises(UserError, match=rf"other {word} \("):
+        with pytest.raises(UserError, match=rf"differs in {word} \("):
             make(**{"steps": 900} | flags)
     sheet = tmp_path / "maze2d_umaze.json"
     old = json.loads(sheet.read_text())
@@ -280,7 +280,7 @@ def test_maze_data_is_made_on_first_use_and_evaluated_in_the_maze(generator, mon
     monkeypatch.setattr(utils.subprocess, "run", run)
     task = parse_task("maze2d-umaze-dense")
     data = load_dataset(task, "auto")
-    assert data.source == "generated" and "making maze2d_umaze_dense.hdf5" in capsys.readouterr().err
+    assert data.source == "generated" and "generating maze2d_umaze_dense.hdf5" in capsys.readouterr().err
     assert len(load_expert(task, "auto", 2, data)) == 600 and made == [[], ["--expert"]]
     assert len(load_dataset(task, "generated")) == len(data) and len(made) == 2 and not data.terminated.any()
     env, episodes = make_env(task), []

@@ -532,7 +532,7 @@ def test_settings_that_cannot_work_are_refused():
         assert resolved(m, "--total-updates", "3000001", "--policy-lr-decay", "0").policy_lr_decay == 0
         with pytest.raises(UserError, match="leaves no imagined rows"):
             resolved(m, "--model-ratio", "1e-9")
-    with pytest.raises(UserError, match="not one real row"):
+    with pytest.raises(UserError, match="leaves no real rows"):
         resolved(combo, "--model-ratio", "1")
     with pytest.raises(UserError, match="needs an ensemble"):
         resolved(mopo, "--penalty", "pairwise_diff", "--ensemble-size", "1", "--num-elites", "1")

@@ -429,7 +429,7 @@ def test_maze_demonstrations_are_made_on_first_use_and_are_like_the_recorded_one
     data = Dataset(torch.zeros(1, 4), torch.zeros(1, 2), *[torch.zeros(1)] * 5)
     sources = ["auto"] + RECORDED.exists() * [str(RECORDED / "umaze.npz")]
     made, *recorded = experts = [load_expert(UMAZE, x, 100, data) for x in sources]
-    assert "making maze2d_umaze_expert.hdf5" in capsys.readouterr().err and made.source == "generated"
+    assert "generating maze2d_umaze_expert.hdf5" in capsys.readouterr().err and made.source == "generated"
     assert len(made) == 100 * 300 and all(len(d) == 100 * 299 for d in recorded)  # last successors are not recorded
     assert len(few := load_expert(UMAZE, "auto", 5, data)) == 1500 and not capsys.readouterr().err  # made once
     assert data.facts()["expert"] == few.facts() | {"trajectories": 5}

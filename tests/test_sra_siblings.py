@@ -367,7 +367,7 @@ def test_what_makes_it_another_run_and_another_model(data_file, tmp_path):
     folder = here(data_file, tmp_path, *flags)
     assert not any("model/epoch" in row for row in metrics(folder))
     assert_same(saved(whole, "agent"), saved(folder, "agent"))
-    with pytest.raises(UserError, match="was made with different data"):  # it has seen other demonstrations
+    with pytest.raises(UserError, match="differs in data"):  # it has seen other demonstrations
         here(data_file, tmp_path / "other", *flags, "--expert-trajectories", "4")
 
 

@@ -123,8 +123,8 @@ def test_there_are_no_other_tasks_and_the_known_checksums_are_theirs():
 
 
 def test_unknown_task_is_refused_with_a_hint():
-    hints = {"hoper-medium-replay": "hopper-medium-replay", "hopper-medium-v0": "hopper-medium", "zzz": "D4RL names"}
-    hints |= {"antmaze-large": "antmaze-large-play", "CartPole-v1": "is an environment", "": "D4RL names such as"}
+    hints = {"hoper-medium-replay": "hopper-medium-replay", "hopper-medium-v0": "hopper-medium", "zzz": "a D4RL name"}
+    hints |= {"antmaze-large": "antmaze-large-play", "CartPole-v1": "is an environment", "": "a D4RL name like"}
     hints |= {"Rewind/Maze2d-umaze-v1": "is an environment, not a dataset; did you mean maze2d-umaze"}
     for name, hint in hints.items():
         with pytest.raises(UserError) as e:
@@ -299,7 +299,7 @@ def test_bad_files_are_refused(tmp_path):
     for path, message in ((cut, "cannot be read"), (page, "cannot be read"), (folder, "is a folder")):
         assert message in refused(HOPPER, path)
     assert "no such file" in refused(HOPPER, tmp_path / "no.hdf5")
-    assert "is no file" in refused(HOPPER, "neither-file-nor-id")
+    assert "is not a file" in refused(HOPPER, "neither-file-nor-id")
     assert "another task" in refused(parse_task("walker2d-medium"), tmp_path / "whole.hdf5")
     maze = recorded([(5, "timeout")], 4, 2)
     assert len(load(tmp_path, maze, MAZE)) == 5
