@@ -28,7 +28,7 @@ reach the goal. "l." is a line of ROMI's Algorithm 1. Differences from the code:
   6. --lagrange starts at --cql-alpha and keeps the unweighted penalty at the gap; the code starts at 1 and weights it.
   7. tanh's correction log(1 - a^2) is exact, without + 1e-6; the mean is not clamped to +-9; PyTorch's initialisation.
   8. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
-     rewarded positions; the code asks the environment.
+     rewarded positions; the code asks the environment. Hopper rollouts end below -100, too, not only above 100.
 """
 
 import copy
