@@ -290,7 +290,7 @@ def _find(task, source):
             raise UserError(f"--dataset {source}: {what}; give the path of an HDF5 file")
         if MINARI_ID.fullmatch(source):
             return "minari", source
-        raise UserError(f"--dataset {source}: is not a file, a Minari id or one of auto, {', '.join(places)}")
+        raise UserError(f"--dataset {source} is not a file, a Minari id or one of auto, {', '.join(places)}")
     if not task.sources:
         if source == "auto":
             return "minari", task.id
