@@ -74,7 +74,7 @@ def read(results):
 
 def in_words(task, source):
     """The data in words, from the end of a run's name."""
-    if source == "generated" and task.startswith(("maze2d", "antmaze")):
+    if source == "generated" and task.startswith("maze2d"):
         return "D4RL's script"
     return "repaired data" if source.endswith("_repaired") else source or "D4RL's file"
 
@@ -111,7 +111,8 @@ def cells(runs):
         for updates in sorted(group.updates.unique()):
             there = group[(group.updates >= updates) if cut else (group.updates == updates)].sort_values("seed")
             there = there[[updates in curve for curve in there.curve]]
-            row = {"updates": updates, "seeds": [*there.seed], "scores": [curve[updates] for curve in there.curve]}
+            row = {"updates": updates, "seeds": [*there.seed], "curves": [*there.curve]}
+            row["scores"] = [curve[updates] for curve in there.curve]
             row["tails"] = [np.mean([y for x, y in curve.items() if x <= updates][-10:]) for curve in there.curve]
             row["over"] = [s - r for s, r in zip(row["scores"], there.reference, strict=True) if pd.notna(r)]
             row["gain"] = [g[updates] for g in there.gain if g[updates] is not None]
@@ -125,9 +126,8 @@ def cells(runs):
 
 
 def interval(values):
-    """95 % bootstrap interval of the mean; for three values from the smallest to the largest."""
-    options = {"confidence_level": 0.95, "n_resamples": 10_000, "method": "percentile"}
-    return scipy.stats.bootstrap((values,), np.mean, rng=np.random.default_rng(0), **options).confidence_interval
+    """95 % interval of the mean (Student's t)."""
+    return scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
 
 
 def spread(values, each=False):
@@ -208,24 +208,23 @@ def game_table(runs):
 
 
 def claim_table(rows):
-    """claims.json with our numbers: the row with most seeds, among equals not on repaired data, then the longest."""
-    lines = []
+    """claims.json with our numbers: of each algorithm those of most seeds, among equals not on repaired data, then of
+    the longest runs; all at as many updates as the shortest has."""
+    order = [rows.seeds.map(len), rows.data != "repaired data", rows.updates]
+    rows, lines = rows.iloc[np.lexsort(order[::-1])], []
     for claim in json.loads((HERE / "claims.json").read_text()):
-        there, ours, theirs = rows[rows.setting == claim["setting"]], [], []
-        for name in claim["algorithms"]:
-            found = [*there[there.algorithm == name].itertuples()]
-            for best in sorted(found, key=lambda r: (len(r.seeds), r.data != "repaired data", r.updates))[-1:]:
-                each = f"{', '.join(f'{v:.1f}' for v in best.scores)}; " if len(best.scores) > 1 else ""
-                ours.append(f"{name} {np.mean(best.scores):.1f} ({each}{best.updates // 1000}k)")
-                theirs.append(published(best.task, name, best.unit))
+        there = rows[rows.setting == claim["setting"]]
+        best = [there[there.algorithm == name].iloc[-1] for name in claim["algorithms"]]
+        updates = min((r.updates for r in best), default=0)
+        scores = [spread([curve[updates] for curve in r.curves], each=True) for r in best]
+        ours = [f"{r.algorithm} {re.sub(' ± [^ ]+', '', text)}" for r, text in zip(best, scores, strict=True)]
+        ours = [f"{', '.join(ours)}; {updates // 1000}k"] if best else []
+        theirs = ", ".join(published(r.task, r.algorithm, r.unit) for r in best)
+        theirs = re.sub(r" (\(\S+\))(?=.*\1)", "", theirs) or "-"  # a source once, at its last number
         if claim["setting"].endswith("-references"):
             for words, gains in (("discounted", there.gain.explode()), ("in score", there.over.explode())):
                 ours.append(f"ahead in {(gains > 0).sum()} of {len(gains)} games {words}")
-        verdict = f"**{claim['verdict']}**: {claim['why']}"
-        sources = {x.split(" (")[-1] for x in theirs if x != "-"}  # once, if all are from one table
-        if len(sources) == 1:
-            theirs = [*(x.split(" (")[0] for x in theirs[:-1]), theirs[-1].split(" (")[0] + f" ({sources.pop()}"]
-        lines.append([claim["claim"], ", ".join(ours), ", ".join(theirs) or "-", verdict])
+        lines.append([claim["claim"], ", ".join(ours), theirs, f"**{claim['verdict']}**: {claim['why']}"])
     return markdown(pd.DataFrame(lines, columns=["claim", "ours", "published", "verdict"]))
 
 
