@@ -180,7 +180,7 @@ def case_study(
         raise UserError(f"{', '.join(map(str, runs))}: not all are runs on {first.task.id} with --dataset {dataset}")
     states, trajectory, rng = data.obs.double().numpy(), data.trajectory.numpy(), np.random.default_rng(seed)
     tree = cKDTree(states, balanced_tree=False)
-    some = rng.choice(trajectory[-1] + 1, min(trajectory[-1] + 1, 100), replace=False)
+    some = np.unique(trajectory[rng.choice(len(trajectory), 100)])  # of rows: most of antmaze's trajectories have one
     dreams, deeds, results = [], [], {}
     for run in finished:
         results[run.label], imagined, executed = study(run, data, tree, episodes, chains, seed)
