@@ -35,7 +35,7 @@ What the poster leaves open and what we do ("unverified": the paper's choice acc
      bounds each layer's norm by 100; Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma,
      learning rates, layer widths (unverified: as in ARMOR).
   8. lightATAC averages the entropy over action dimensions, so its published settings mean another target. Here, as in
-     ATAC, it is a sum; the target is minus the number of action dimensions. log std is clamped to [-5, 2] (ATAC: no).
+     ATAC, it is a sum; the target is minus the number of action dimensions. log std is at least -5 (ATAC: -11.5).
   9. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: optional).
  10. Warm start of 100 000 updates (ATAC's script; unverified: ARMOR's): pi clones the data, with the game's entropy
      bonus, and the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the

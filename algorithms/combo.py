@@ -105,7 +105,7 @@ class Args:
     hidden: tuple[PositiveInt, ...] = (256, 256, 256)  # hidden layer sizes of policy and Q functions
     qf_lr: Positive | None = None  # None: 3e-4; 1e-4 for walker2d in v0
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4; 1e-5 for walker2d in v0
-    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: constant
+    policy_lr_decay: NonNegativeInt | None = None  # updates of cosine decay to 0; 0: constant; None: by --preset
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions
     beta: NonNegative | None = None  # weight of the conservative term; None: by task
     rho_states: Literal["mix", "model"] | None = None  # where Q is pushed down: all or imagined states; None: by task

@@ -107,7 +107,7 @@ class Args:
     hidden: tuple[PositiveInt, ...] = (256, 256)  # hidden layer sizes of policy and Q functions
     qf_lr: Positive = 3e-4
     policy_lr: Positive | None = None  # policy and temperature; None: 1e-4 (v2), 3e-4 (v0)
-    policy_lr_decay: NonNegativeInt | None = None  # updates until a cosine takes the policy's rate to 0; 0: constant
+    policy_lr_decay: NonNegativeInt | None = None  # updates of cosine decay to 0; 0: constant; None: by --preset
     target_entropy: FiniteFloat | None = None  # None: minus the number of action dimensions; v0: always -3
 
 

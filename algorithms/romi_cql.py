@@ -19,11 +19,11 @@ clipped to +-0.5, the share of imagined transitions per batch is fixed, a rollou
 terminal, even its first, and start states and real transitions are sampled in proportion to their trajectory's return
 minus the lowest (not on maze2d, see SETTINGS). On antmaze, where rewards end trajectories, this leaves only those that
 reach the goal. "l." is a line of ROMI's Algorithm 1. Differences from the code:
-  1. Batches are split exactly: round(eta B) imagined transitions, the rest real; the code loses one (255 of 256).
+  1. Batches are split exactly: round(eta B) imagined, the rest real; the code loses one. It makes 1 500 000 updates.
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
      train the models; in the code only on antmaze.
-  4. RBC minimises the paper's negative log-likelihood; the code subtracts half an entropy and uses std as variance.
+  4. RBC minimises Eq. 4; the code subtracts half an entropy, uses std as variance, standardises by empty rows, too.
   5. The temperature steps with the policy, not before it. No gradient flows through sampled actions in the penalty.
   6. --lagrange starts at --cql-alpha and keeps the unweighted penalty at the gap; the code starts at 1 and weights it.
   7. tanh's correction log(1 - a^2) is exact, without + 1e-6; the mean is not clamped to +-9; PyTorch's initialisation.
@@ -54,7 +54,7 @@ from utils import check_ends, describe_imagination, evaluate, load_dataset, make
 class Args:
     # --- experiment ---
     env: Annotated[str, tyro.conf.arg(aliases=["--env-id"])] = "hopper-medium-replay"  # D4RL task or Minari id
-    exp_name: Name | None = None  # None: romi_cql; cql without model; bc if the warm-up never ends
+    exp_name: Name | None = None  # None: romi_cql; cql without model; bc if also the warm-up never ends
     seed: Seed = 0
     total_updates: PositiveInt = 1_000_000  # gradient updates of the learner; raise it to continue a finished run
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -482,8 +482,7 @@ class CQL:
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
         self.target_qf.load_state_dict(self.qf.state_dict())
-        # logarithms of SAC's temperature and of CQL's weight
-        logs = {"sac": torch.zeros(()), "cql": torch.tensor(math.log(max(args.cql_alpha, 1e-8)))}
+        logs = {"sac": torch.zeros(()), "cql": torch.tensor(math.log(max(args.cql_alpha, 1e-8)))}  # log alphas
         self.alphas = nn.ParameterDict(logs).to(device)
         self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         adam = dict(fused=True, capturable=device.type == "cuda")
@@ -564,6 +563,8 @@ def resolve(args, task):
     args = plumbing.validate(replace(args, **{k: v for k, v in tuned.items() if getattr(args, k) is None}))
     if args.model_ratio > 0 and round(args.model_ratio * args.batch_size) == 0:
         raise UserError(f"--model-ratio {args.model_ratio}: leaves no imagined rows in a batch of {args.batch_size}")
+    if args.bc_warmup >= args.total_updates:
+        print(f"note: --bc-warmup {args.bc_warmup} covers all updates, so the policy only clones", file=sys.stderr)
     name = "romi_cql" if args.model_ratio > 0 else "bc" if args.bc_warmup >= args.total_updates else "cql"
     return replace(args, exp_name=args.exp_name or name, num_threads=args.num_threads or torch.get_num_threads())
 

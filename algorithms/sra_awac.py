@@ -23,7 +23,8 @@ Where slides and code disagree, we follow the code: T by squared error (slides: 
 (slides: its mean), 90 % of start states from D^E, each imagined step resampled, the next starting from what is kept.
 Table 4 of the slides has results with this learner; settings and code are unpublished. All but the learner is as in
 sra_iql.py, including its differences from the code. Our choices for the learner:
-  1. The policy's standard deviation depends on the state; with CORL's single one, Conf would be the same everywhere.
+  1. The policy is squashed, with a standard deviation per state; CORL's is a Gaussian with a single one, so Conf
+     would be the same everywhere.
   2. lambda is CORL's for the task, tuned for rewards other than these labels. 2 hidden layers (CORL: 3).
   3. Weight decay is that of sra_iql.py (CORL: none; Nair et al.: 1e-4 on the policy). The Q loss is the mean of both
      errors (CORL: their sum).
@@ -73,7 +74,7 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_dataset: str = "auto"  # auto (expert data; on maze2d the planner's), a Minari id, or an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
@@ -126,7 +127,7 @@ class Args:
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. lambda: CORL, configs/offline/awac. The longest prefix counts.
+# (*-medium); warm-up: default of sra_iql.py, maze2d ours. lambda: CORL, configs/offline/awac. Longest prefix counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0, 0.1),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0, 0.1),

@@ -23,7 +23,7 @@ Where slides and code disagree, we follow the code: T by squared error (slides: 
 (slides: its mean), 90 % of start states from D^E, each imagined step resampled, the next starting from what is kept.
 Differences from the code:
   1. Batches are split exactly, and the first round also starts from confident states; the code has a bug in each.
-  2. Mazes are augmented from the start, every 50 000 updates, as on the slides; the script (20 000) has 0 rounds.
+  2. maze2d is augmented from the start, every 50 000 updates, as on the slides; the script (20 000) has 0 rounds.
   3. Members keep their best epoch, and "earlier rounds" exclude the last; in the code shared references break both.
   4. log Conf is exact; the code clips tanh(mean) to 1 - 1e-7, so a narrow policy with a mean above 8.3 counts as least
      confident, here as most. Data actions are clipped to 1 - 1e-6 (code: 1 - 1e-7).
@@ -74,7 +74,7 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_dataset: str = "auto"  # auto (expert data; on maze2d the planner's), a Minari id, or an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
@@ -129,7 +129,7 @@ class Args:
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that is a prefix of the task's name applies.
+# (*-medium); warm-up: default of sra_iql.py, maze2d ours. The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0),

@@ -75,7 +75,7 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_dataset: str = "auto"  # auto (expert data; on maze2d the planner's), a Minari id, or an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
@@ -130,11 +130,12 @@ class Args:
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. N: CORL, configs/offline/sac_n. The longest prefix counts.
+# (*-medium); warm-up: default of sra_iql.py, maze2d ours. N: CORL, configs/offline/sac_n. The longest prefix counts.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0, 25),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0, 25),
     "hopper": (500_000, 1e-4, 0.5, 5, "uniform", 200_000, 500),
+    "hopper-medium-expert": (500_000, 1e-4, 0.5, 5, "uniform", 200_000, 200),
     "hopper-medium-replay": (500_000, 1e-4, 0.5, 5, "uniform", 200_000, 200),
     "halfcheetah": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 10),
     "walker2d": (500_000, 1e-4, 0.1, 1, "cvae", 200_000, 20),

@@ -75,7 +75,7 @@ class Args:
 
     # --- data and evaluation ---
     dataset: str = "auto"  # auto, d4rl, bundled, generated, a Minari id, or the path of an HDF5 file in D4RL layout
-    expert_dataset: str = "auto"  # auto (expert data; on mazes the planner's), a Minari id, or an HDF5 or npz file
+    expert_dataset: str = "auto"  # auto (expert data; on maze2d the planner's), a Minari id, or an HDF5 or npz file
     expert_trajectories: PositiveInt = 5  # number of demonstrations used, the first ones in the file
     eval_every: PositiveInt = 5_000  # updates
     eval_episodes: Episodes = 30  # per evaluation (use 100 for antmaze), greedy; 0: no simulator
@@ -131,7 +131,7 @@ class Args:
 
 
 # Updates, learning rate, eta, h, reverse policy: sh-jj/SRA-KDD-2024, sra_iql_maze.sh (sparse), sra_iql_mujoco.sh
-# (*-medium); warm-up: default of sra_iql.py, mazes ours. The longest key that is a prefix of the task's name applies.
+# (*-medium); warm-up: default of sra_iql.py, maze2d ours. The longest key that is a prefix of the task's name applies.
 SETTINGS = {
     "maze2d-umaze": (200_000, 1e-3, 0.7, 5, "uniform", 0),
     "maze2d": (200_000, 1e-3, 0.5, 5, "uniform", 0),

@@ -492,7 +492,7 @@ def test_compiled_losses_equal_eager_ones(monkeypatch):
             torch.testing.assert_close(eager[k], traced[k], rtol=1e-3, atol=1e-4)
 
 
-def test_the_task_decides_what_the_user_left_open():
+def test_the_task_decides_what_the_user_left_open(capsys):
     def settings(name, **flags):
         a = m.resolve(m.Args(env=name, **flags), parse_task(name))
         return a.horizon, a.model_ratio, a.rollout_policy, a.priority_rollout, a.priority_policy, a.exp_name
@@ -501,7 +501,9 @@ def test_the_task_decides_what_the_user_left_open():
     assert settings("maze2d-large-dense") == (5, 0.3, "uniform", False, False, "romi_cql")
     typed = dict(horizon=2, model_ratio=0.0, priority_policy=False)
     assert settings("hopper-medium", **typed) == (2, 0.0, "uniform", True, False, "cql")
+    assert "only clones" not in capsys.readouterr().err
     assert settings("hopper-medium", model_ratio=0.0, bc_warmup=10, total_updates=10)[-1] == "bc"
+    assert "only clones" in capsys.readouterr().err
 
 
 WRONG = {"batch_size": 0, "gamma": 1.5, "qf_lr": -1.0, "tau": math.nan, "model_ratio": 1.5, "total_updates": -5}

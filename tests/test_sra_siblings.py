@@ -66,6 +66,7 @@ def test_settings_and_names_are_sras_but_for_the_learners_own(m):
     for name, values in (("temperature", [0.1, 0.3333, 0.3333, 0.3333, 1.0]), ("num_critics", [25, 500, 10, 20, 10])):
         if hasattr(m.Args, name):
             assert [getattr(resolved(env, m), name) for env in ("maze2d-umaze", *envs)] == values
+    assert [resolved(f"hopper-medium-{x}", sacn).num_critics for x in ("expert", "replay")] == [200, 200]
     name, base = m.__name__, m.__name__.replace("sra", "uds")
     names = [resolved("maze2d-umaze", m, **x).exp_name for x in ({}, {"model_ratio": 0.0}, {"exp_name": "a"})]
     assert names == [name, base, "a"]
