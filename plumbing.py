@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 FACTS = ("step", "rng", "config", "log_bytes", "evals", "worked")  # in every checkpoint, beside the state dicts
 
 # Ranges of settings, checked by validate().
-Name = Annotated[str, Field(pattern=r"^[\w.+=-]{1,100}$")]
+Name = Annotated[str, Field(pattern=r"^([a-zA-Z0-9.+=-]_?)+$", max_length=100)]  # __ separates parts of a run's name
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -131,7 +131,7 @@ def validate(args):
     except ValidationError as e:
         first = e.errors()[0]
         flag, why = str(first["loc"][0]).replace("_", "-"), first["msg"].replace("Input should", "must")
-        why = "must be 1 to 100 letters, digits or _.+=-" if first["type"] == "string_pattern_mismatch" else why
+        why = "must be letters, digits or _.+=-, without __" if first["type"] == "string_pattern_mismatch" else why
         raise UserError(f"--{flag} {str(first['input'])[:80]}: {why}") from None
 
 
@@ -238,7 +238,7 @@ def summary(run):
     result |= {"normalized_score_last_10": sum(tail) / len(tail) if tail else None}
     result |= {"return_mean": last.get("eval/return"), "return_std": last.get("eval/return_std")}
     result |= {"eval_episodes": args.eval_episodes, "wall_time_s": round(run.worked, 1)}
-    result |= {"updates_per_s": round(rate, 2)}
+    result |= {"updates_per_s": round(rate, 2) or None}  # None: killed between the last update and this file
     return result | {k: config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
 
 
@@ -281,17 +281,17 @@ def write_hdf5(path, arrays, facts, level=1, attributes=()):
     """Write arrays to an HDF5 file and `facts` to a .json beside it, last, so that its presence means "done"; facts
     named in `attributes` also become attributes of the HDF5 file. level: gzip's. Replaces files atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with h5py.File(part, "w") as f:
-            for k, v in arrays.items():
-                f.create_dataset(k, data=v, compression="gzip", compression_opts=level, shuffle=True)
-            for k in attributes:
-                f.attrs[k] = facts[k]
-        facts = facts | {"bytes": part.stat().st_size, "sha256": file_sha256(part)}
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    buffer = io.BytesIO()  # on a full disk HDF5 itself would crash
+    with h5py.File(buffer, "w") as f:
+        for k, v in arrays.items():
+            f.create_dataset(k, data=v, compression="gzip", compression_opts=level, shuffle=True)
+        for k in attributes:
+            f.attrs[k] = facts[k]
+    content = buffer.getbuffer()
+    facts = facts | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    part = path.with_suffix(f".{os.getpid()}.part")  # two runs may generate the same data at once
+    write_file(part, content)
+    os.replace(part, path)
     write_file(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
 
 
@@ -331,15 +331,15 @@ def read_folder(folder, config, bookkeeping, total):
     theirs += [read_json(old)] if old.exists() and (theirs or result.exists()) else []
     if differ := sorted({d for their in theirs for d in differences(config, their, bookkeeping)}):
         raise UserError(f"{folder} holds a run differing in {', '.join(differ)}; use another --run-dir or --exp-name")
-    for phase in config.get("decides", ()):  # refuse now, not when the phase starts
-        if phase not in states and (other := config["args"].get(f"{phase}_from")):
-            read_other_run(Path(other), phase, config)
     done = read_json(result) if result.exists() else {}
     if done.get("script", config["script"]) != config["script"]:
         raise UserError(f"{folder} holds a run of {done['script']}; use another --run-dir or --exp-name")
     if "agent" in states and states["agent"]["step"] > total:
         raise UserError(f"{folder} has {states['agent']['step']} updates already, more than the requested {total}")
     finished = done.get("updates") == total
+    for phase in () if finished else config.get("decides", ()):  # refuse now, not when the phase starts
+        if phase not in states and (other := config["args"].get(f"{phase}_from")):
+            read_other_run(Path(other), phase, config)
     if done and not finished and "agent" not in states:
         raise UserError(f"{folder} is finished, but cannot be continued without its agent.pt")
     return states, finished
@@ -407,6 +407,7 @@ def open_log(path, size, evals=()):
             pass
     lost = size - log.tell()
     log.truncate(0 if lost > 0 else size)
+    log.seek(0, os.SEEK_END)  # or tell() would still be the old end
     if lost > 0:
         print(f"note: {path} had lost {lost} bytes; evaluations restored from the checkpoint", file=sys.stderr)
         for row in evals:

@@ -217,8 +217,8 @@ def load_dataset(task, source="auto", rewards=True):
     Episode ends: a terminal row does not bootstrap (terminated = 1), a time limit does; a row that is both is terminal.
     A row's successor is its entry in `next_observations`, if the file has them, else the next row of its episode.
     Without them an episode's last row has no known successor: a terminal one is kept for Q-learning (has_next is
-    False), any other is dropped, as in D4RL's qlearning_dataset. Terminal rows of an antmaze have a successor, since
-    the ant ran on while the data were recorded; rows at its time limits are dropped.
+    False), any other is dropped, as in D4RL's qlearning_dataset. Terminal rows of D4RL's antmazes have a successor,
+    since the ant ran on while the data were recorded; rows at its time limits are dropped.
     """
     kind, path = _find(task, source)
     if kind == "minari":
@@ -228,8 +228,11 @@ def load_dataset(task, source="auto", rewards=True):
         data = _read_hdf5(Path(path), task, rewards, ours=kind == "generated")
         data.id, data.sha256 = task.id if kind == "d4rl" else Path(path).stem, sha256
     data.source, data.path = kind, str(path)
-    if task.domain and path != task.id:  # a Minari task's own data may be wider: Ant-v5 has 105 entries
+    if task.sources:
         _check_widths(data, WIDTHS[task.domain], task.id)
+    elif path != task.id:  # a file for the environment of a Minari dataset
+        spec = _minari(task.id).spec
+        _check_widths(data, [gymnasium.spaces.flatdim(s) for s in (spec.observation_space, spec.action_space)], task.id)
     if task.kind in RELABELLED and rewards:
         act, next_obs, rew = (x[data.has_next].double().numpy() for x in (data.act, data.next_obs, data.rew))
         if not np.allclose(relabelled_reward(task.kind, act, next_obs), rew, atol=1e-2):
@@ -447,14 +450,18 @@ def _read_hdf5(path, task, rewards=True, ours=False):
     if task.domain == "maze2d" and (~obs.any(1)).any():
         defect = "the known defect of maze2d files from before December 2020; get the current file"
         raise UserError(f"{bad}has all-zero observations, {defect}")
-    if timeouts is None:
-        timeouts = _timeouts_from_horizon(terminals, task.max_steps)
-    if re.fullmatch("antmaze-.*-v0", task.id) and not ours:  # D4RL's do not match the resets; use ROMI's rule
+    if timeouts is None:  # successors show where episodes end
+        timeouts = _timeouts_from_horizon(terminals, task.max_steps) if next_obs is None else np.zeros_like(terminals)
+    go_on = False
+    if task.domain == "antmaze":
         jump = np.linalg.norm(np.diff(obs[:, :2], axis=0), axis=1)
-        timeouts = np.r_[jump > 10 * jump.mean(), True]
-    # Antmaze recordings continue past the goal: the row after a terminal one is its successor. Every rewarded row is
-    # terminal, so without terminal rows a model would never see a reward.
-    return _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go_on=task.domain == "antmaze")
+        resets = jump > 10 * jump.mean()  # ROMI's rule
+        # D4RL's recordings continue past the goal: the row after a terminal one is its successor. Every rewarded row is
+        # terminal, so without terminal rows a model would never see a reward.
+        go_on = (resets & terminals[:-1]).sum() < terminals.sum() / 2
+        if task.id.endswith("-v0") and not ours:  # D4RL's timeouts do not match the resets
+            timeouts = np.r_[resets, True]
+    return _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go_on=go_on)
 
 
 def _timeouts_from_horizon(terminals, max_steps):
@@ -475,7 +482,7 @@ def _from_arrays(obs, act, rew, next_obs, terminals, timeouts, bad, terminals_go
         # Some files do not mark time limits: a row whose successor is not the next row ends a trajectory.
         step = 1e-4 * (1 + np.abs(obs).max(0))
         ends[:-1] |= (np.abs(next_obs[:-1] - obs[1:]) > step).any(1)
-    if not ends.any():
+    if next_obs is None and not ends.any():
         raise UserError(f"{bad}holds no complete episode: neither terminals nor timeouts mark an end")
     keep = has_next = np.ones(len(rew), bool)
     if next_obs is None:

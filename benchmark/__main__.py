@@ -14,6 +14,7 @@ python -m benchmark sweeps                   # grid sweeps for W&B agents -> ben
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def run(
     runs = suites.expand(suite, only, run_dir)
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1")
+    if slurm and not (dry_run or shutil.which("srun")):
+        raise UserError("--slurm: there is no srun on this machine")
     if dry_run:
         return print("\n".join(shlex.join(run.command) for run in runs))
     run_dir = runs[0].folder.parent
@@ -76,7 +79,7 @@ def run(
     executor = submitit.AutoExecutor(folder=run_dir / "benchmark_logs", cluster="slurm" if slurm else "local")
     executor.update_parameters(timeout_min=60 * hours, gpus_per_node=gpus, stderr_to_stdout=True)
     if slurm_options:
-        options = dict(option.split("=", 1) for option in slurm_options)
+        options = {k: v or True for k, _, v in (option.partition("=") for option in slurm_options)}
         executor.update_parameters(slurm_additional_parameters=options)
     failed = work_off(runs, jobs, executor)
     print(f"{sum(run.finished() for run in runs)} of {len(runs)} runs of the suite {suite} are finished")
@@ -130,7 +133,7 @@ def collect(
     Only a continuation of the same run replaces an existing result; with --force any run does.
     """
     runs = [f for folder in folders for f in ([folder] if (folder / "result.json").exists() else folder.glob("*"))]
-    runs = sorted(f for f in runs if (f / "result.json").exists())
+    runs = sorted(f for f in runs if (f / "result.json").exists() and (f / "metrics.jsonl").exists())
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no finished run there")
     for folder in runs:

@@ -192,6 +192,7 @@ def case_study(
     task, _, _, *source = first.folder.name.split("__")
     name = "__".join([f"case_study_{task}", *source])
     picture, numbers = (out or FIGURES) / f"{name}.png", (out or RESULTS) / f"{name}.json"
+    picture.parent.mkdir(parents=True, exist_ok=True)
     draw(picture, first, [("data", recorded), *dreams, *deeds], results)
     facts = {"task": first.task.id, "episodes": episodes, "chains": chains, "seed": seed, "data": data.facts()}
     numbers.write_text(json.dumps(facts | {"runs": results}, indent=1) + "\n")

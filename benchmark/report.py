@@ -44,8 +44,8 @@ def read(results):
     rows = []
     for folder in sorted(file.parent for file in Path(results).glob("*/result.json")):
         result = json.loads((folder / "result.json").read_text())
-        file = next(f for f in (folder / "evals.jsonl", folder / "metrics.jsonl") if f.exists())
-        lines = [json.loads(line) for line in file.read_text().splitlines() if '"eval/return"' in line]
+        text = "".join(f.read_text() for f in (folder / "evals.jsonl", folder / "metrics.jsonl") if f.exists())
+        lines = [json.loads(line) for line in text.splitlines() if '"eval/return"' in line]
         if not lines and not result["eval_episodes"]:
             continue
         if not lines or lines[-1]["eval/return"] != result["return_mean"]:
@@ -56,8 +56,8 @@ def read(results):
         shas = [data["sha256"], data.get("expert", {}).get("sha256", ""), data.get("reference", "")]
         row |= {"sha": " ".join(shas), "data": in_words(task, end[0] if end else "")}
         row |= {"options": training_flags(result.get("command")), "episodes": result["eval_episodes"]}
-        aside = ASIDE.get(row["algorithm"].split("_")[0], "imitation" if "expert" in data else "")
-        row["setting"] = "-".join(filter(None, [task.replace("/", "-"), aside]))
+        aside = ASIDE.get(row["algorithm"].split("_")[0], "") if "reference_return" in result else ""
+        row["setting"] = "-".join(filter(None, [task.replace("/", "-"), aside or "imitation" * ("expert" in data)]))
         row["unit"] = "Return" if in_returns else "Score"
         row["script"] = result.get("script") or (result.get("command") or [""])[0]
         row["curve"] = {x["update"]: x["eval/return" if in_returns else "eval/normalized_score"] for x in lines}
@@ -127,7 +127,8 @@ def cells(runs):
 
 def interval(values):
     """95 % interval of the mean (Student's t)."""
-    return scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return np.mean(values) - half, np.mean(values) + half
 
 
 def spread(values, each=False):

@@ -81,12 +81,7 @@ def sweep_files():
     files = {}
     for row in (row for row in SUITES["paper"]["rows"] if row["name"] in SWEPT):
         tasks = [task for task in tasks_of(row) if task not in TASKS["jumps"]]  # no official file
-        sweep = {
-            "program": f"algorithms/{row['script']}.py",
-            "name": row["name"],
-            "project": "rewind",
-            "method": "grid",
-        }
+        sweep = dict(program=f"algorithms/{row['script']}.py", name=row["name"], project="rewind", method="grid")
         sweep["metric"] = {"name": "eval/normalized_score", "goal": "maximize"}
         sweep["parameters"] = {"env": {"values": tasks}, "seed": {"values": row.get("seeds", [0, 1, 2])}}
         sweep["command"] = ["${env}", "${interpreter}", "${program}", "--track", "--dataset", "d4rl", "${args}"]

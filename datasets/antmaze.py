@@ -228,8 +228,9 @@ def collect(settings, act, folder):
                 runs.append(run_ant(env, act, np.random.default_rng([seed, 1 + e]), noise, cells, task != "umaze"))
                 progress.update(min(ROWS, steps - e * ROWS))
             part = dict(zip(("obs", "act", "goals"), map(np.stack, zip(*runs, strict=True)), strict=True))
-            np.savez(path.with_suffix(".part.npz"), made_with=made_with, **part)
-            os.replace(path.with_suffix(".part.npz"), path)
+            new = path.with_suffix(f".{os.getpid()}.part.npz")
+            np.savez(new, made_with=made_with, **part)
+            os.replace(new, path)
         else:
             progress.update(min(last * ROWS, steps) - first * ROWS)
         parts.append({k: part[k][: last - first] for k in ("obs", "act", "goals")})

@@ -153,10 +153,11 @@ def main(args):
     suffix = "_expert" if args.expert else "_repaired" * args.repaired
     paths = [args.out / f"maze2d_{args.maze}{dense}{suffix}.hdf5" for dense in ("", "_dense")]
     settings = {"steps": steps, "seed": args.seed, "noise": noise, "reward_timing": timing}
-    settings |= {} if args.expert else {"repaired": args.repaired}
+    settings |= ({} if args.expert else {"repaired": args.repaired}) | {"mujoco": mujoco.__version__}
     for path in () if args.overwrite else paths:  # training would continue with other data under the same name
         if path.exists() and path.with_suffix(".json").exists():
             there = plumbing.read_json(path.with_suffix(".json"))
+            there |= there.get("versions", {})
             differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
             if differ:
                 how = "use another --out, or --overwrite to replace it"

@@ -157,7 +157,10 @@ def draw_lines(draw, place, trajectories, scale):
         for t in range(len(states) - 1):
             share = t / max(len(states) - 2, 1)
             colour = (round(255 * share), 0, round(255 * (1 - share)))
-            draw.line([place(states[t]), place(states[t + 1])], colour, width=max(1, scale // 80))
+            ends = [
+                tuple(np.clip(place(s), -10_000, 10_000)) for s in states[t : t + 2]
+            ]  # very long lines take minutes
+            draw.line(ends, colour, width=max(1, scale // 80))
 
 
 def view_trajectories(maze, trajectories, scale=80):

@@ -68,6 +68,7 @@ def test_a_row_by_hand(tmp_path):
 
 def test_interval_of_the_mean():
     """Student's t with two degrees of freedom has its 97.5 % point at 4.303; the standard error is sqrt(7 / 3)."""
+    assert report.interval([5.0, 5.0, 5.0]) == (5, 5)
     assert report.interval([1.0, 2.0, 6.0]) == pytest.approx(
         (3 - 4.303 * (7 / 3) ** 0.5, 3 + 4.303 * (7 / 3) ** 0.5), 1e-3
     )

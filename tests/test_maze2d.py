@@ -201,6 +201,9 @@ def test_data_of_other_settings_are_not_replaced_by_the_way(make, tmp_path):
             make(**{"steps": 900} | flags)
     sheet = tmp_path / "maze2d_umaze.json"
     old = json.loads(sheet.read_text())
+    sheet.write_text(json.dumps(old | {"mujoco": "3.0.0"}).replace(old["versions"]["mujoco"], "3.0.0"))
+    with pytest.raises(UserError, match=r"differs in mujoco \(3.0.0 there"):
+        make(steps=900)
     assert old.pop("steps") == 900
     sheet.write_text(json.dumps(old))  # as files were described before
     with pytest.raises(UserError, match=r"steps \(None there, here 300\)"):

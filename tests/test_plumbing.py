@@ -81,7 +81,7 @@ def test_sizes_beyond_memory_are_named(command, flag, size):
 
 
 def test_names_numbers_and_paths_that_cannot_be(command, tmp_path):
-    for name in ("a/b", "x" * 300, "a\0b", ""):
+    for name in ("a/b", "x" * 300, "a\0b", "", "a__b"):
         refused(command("--exp-name", name), "--exp-name")
     for flag, value in (("--seed", 2**32), ("--num-threads", 10**12)):
         refused(command(flag, value), flag)
@@ -175,6 +175,14 @@ def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(command, folder
     before = contents(folder)
     refused(command("--total-updates", 6), folder, "agent.pt")
     assert command()[0] == 0 and contents(folder) == before
+
+
+def test_the_size_of_a_cut_log_is_known_before_its_first_new_line(tmp_path):
+    """A checkpoint saved before that line would hold the old size, and the next resume would think the log damaged."""
+    (tmp_path / "log").write_text("12345\n67890\n")
+    with plumbing.open_log(tmp_path / "log", 6) as log:
+        assert log.tell() == 6
+    assert (tmp_path / "log").read_text() == "12345\n"
 
 
 @pytest.mark.parametrize("lost", [(), ("config.json", "result.json"), ("agent.pt",), ("agent.pt", "config.json")])

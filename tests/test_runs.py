@@ -260,6 +260,11 @@ def test_a_model_is_taken_from_another_run_if_it_is_the_same_and_trained_on_if_u
     folder = run("romi_cql", data_file, tmp_path, dynamics_from=str(model), exp_name="borrowed")
     assert not any("model/epoch" in row for row in metrics(folder))
     assert_same_weights(weights(romi, "agent"), weights(folder, "agent"))  # nothing else changes
+    before = contents(folder)
+    run(
+        "romi_cql", data_file, tmp_path, dynamics_from="gone.pt", exp_name="borrowed"
+    )  # finished, whatever became of it
+    assert contents(folder) == before
     interrupt("dynamics", 3, "romi_cql", data_file, tmp_path, exp_name="unfinished")
     flags = dict(dynamics_from=str(folder_of(tmp_path, "unfinished") / "dynamics.pt"), exp_name="taught")
     interrupt("dynamics", 4, "romi_cql", data_file, tmp_path, **flags)

@@ -180,6 +180,9 @@ def test_file_without_timeouts_is_cut_at_the_horizon(tmp_path):
     loaded = load(tmp_path, data, MAZE)
     assert torch.bincount(loaded.trajectory).tolist() == [300, 300, 2]
     assert loaded.terminated.nonzero().flatten().tolist() == [299]
+    data = recorded([(200, "none"), (300, "none")], 4, 2)
+    del data["timeouts"]  # where there are successors, they alone tell
+    assert torch.bincount(load(tmp_path, data, MAZE).trajectory).tolist() == [200, 300]
 
 
 def test_unmarked_time_limit_starts_a_new_trajectory(tmp_path):
@@ -224,6 +227,14 @@ def test_antmaze_terminal_rows_have_a_successor(tmp_path):
     assert loaded.terminated.nonzero().flatten().tolist() == [5, 6]
     assert loaded.has_next.all() and no_pair_crosses(loaded)
     assert loaded.goal().tolist() == [(7 + 8) / 2] * 2  # the middle of where the rewarded steps led
+
+
+def test_own_antmaze_data_may_end_at_the_goal(tmp_path):
+    """Its next row is then a reset, not the successor."""
+    loaded = load(
+        tmp_path, recorded([(20, "terminal")] * 3, 29, 8, next_observations=False), parse_task("antmaze-umaze")
+    )
+    assert (~loaded.has_next).nonzero().flatten().tolist() == [19, 39, 59] and no_pair_crosses(loaded)
 
 
 def test_ant_contact_forces_are_cut_off(tmp_path):
@@ -690,6 +701,11 @@ def test_minari_spaces_that_do_not_fit_are_refused():
     assert make_env(task).observation_space.shape == (105,)
     with pytest.raises(UserError, match="105 entries"):
         load_dataset(parse_task("ant-medium"), "test/ant-v0")
+    make_minari("test/ant-expert-v0", "Ant-v5")
+    assert load_dataset(task, "test/ant-expert-v0").obs.shape[1] == 105
+    make_minari("test/narrow-v0", "Hopper-v5")
+    with pytest.raises(UserError, match=r"11 entries, test/ant-v0 has 105"):
+        load_dataset(task, "test/narrow-v0")
 
 
 # --- environments ---
