@@ -96,12 +96,14 @@ def run_script(main, args_class, doc):
 
 def show_help(args_class, doc):
     """Flags in the groups of `Args`, with defaults and comments, and the SETTINGS of all tasks."""
-    print(doc.split("\n")[0], "Equations and symbols: see the docstring of the file.")
+    print(doc.split("\n")[0], "More in the file's docstring.")
     for line in inspect.getsource(args_class).splitlines():
         if group := re.match(r"    # --- (.+) ---", line):
             print(f"\n{group[1]}")
         elif field := re.match(r"    (\w+): (.+?) = (.+?)(?:  # (.*))?$", line):
             name, kind, default, comment = field.groups()
+            if default.split(".")[-1].isupper():  # a constant's name
+                default = str(getattr(args_class, name))
             flag = f"--{name}".replace("_", "-") + (f" / --no-{name}".replace("_", "-") if kind == "bool" else "")
             choices = ", ".join(re.findall(r'"(\w+)"', kind)) or "True, False" * (kind == "bool | None")
             print(f"  {flag:40} {default:24} {'; '.join(filter(None, (choices, comment)))}")

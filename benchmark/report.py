@@ -201,7 +201,7 @@ def reference_table(rows):
 
 def game_table(runs):
     """Gains over the reference in ARMOR's select and diag games, means of the last three evaluations."""
-    table = pd.DataFrame({"game": runs.algorithm})
+    table = pd.DataFrame({"run": runs.algorithm})
     table["discounted"] = [np.mean([*gain.values()][-3:]) for gain in runs.gain]
     table["undiscounted"] = [np.mean([*c.values()][-3:]) - r for c, r in zip(runs.curve, runs.reference, strict=True)]
     table = table.sort_values("discounted")
@@ -224,7 +224,7 @@ def claim_table(rows):
         theirs = re.sub(r" (\(\S+\))(?=.*\1)", "", theirs) or "-"  # a source once, at its last number
         if claim["setting"].endswith("-references"):
             for words, gains in (("discounted", there.gain.explode()), ("in score", there.over.explode())):
-                ours.append(f"ahead in {(gains > 0).sum()} of {len(gains)} games {words}")
+                ours.append(f"ahead in {(gains > 0).sum()} of {len(gains)} runs {words}")
         lines.append([claim["claim"], ", ".join(ours), theirs, f"**{claim['verdict']}**: {claim['why']}"])
     return markdown(pd.DataFrame(lines, columns=["claim", "ours", "published", "verdict"]))
 
