@@ -23,7 +23,7 @@ reach the goal. "l." is a line of ROMI's Algorithm 1. Differences from the code:
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
      train the models; in the code only on antmaze.
-  4. RBC minimises Eq. 4; the code subtracts half an entropy, uses std as variance, standardises by empty rows, too.
+  4. RBC minimises Eq. 4. Code: minus half an entropy, std as variance, unused buffer rows in the inputs' mean and std.
   5. The temperature steps with the policy, not before it. No gradient flows through sampled actions in the penalty.
   6. --lagrange starts at --cql-alpha and keeps the unweighted penalty at the gap; the code starts at 1 and weights it.
   7. tanh's correction log(1 - a^2) is exact, without + 1e-6; the mean is not clamped to +-9; PyTorch's initialisation.

@@ -210,13 +210,13 @@ def game_table(runs):
 
 def claim_table(rows):
     """claims.json with our numbers: of each algorithm those of most seeds, among equals not on repaired data, then of
-    the longest runs; all at as many updates as the shortest has."""
+    the longest runs; all at the last update at which all were evaluated."""
     order = [rows.seeds.map(len), rows.data != "repaired data", rows.updates]
     rows, lines = rows.iloc[np.lexsort(order[::-1])], []
     for claim in json.loads((HERE / "claims.json").read_text()):
         there = rows[rows.setting == claim["setting"]]
         best = [there[there.algorithm == name].iloc[-1] for name in claim["algorithms"]]
-        updates = min((r.updates for r in best), default=0)
+        updates = max(set.intersection(*(set(curve) for r in best for curve in r.curves))) if best else 0
         scores = [spread([curve[updates] for curve in r.curves], each=True) for r in best]
         ours = [f"{r.algorithm} {re.sub(' ± [^ ]+', '', text)}" for r, text in zip(best, scores, strict=True)]
         ours = [f"{', '.join(ours)}; {updates // 1000}k"] if best else []

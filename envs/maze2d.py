@@ -157,9 +157,8 @@ def draw_lines(draw, place, trajectories, scale):
         for t in range(len(states) - 1):
             share = t / max(len(states) - 2, 1)
             colour = (round(255 * share), 0, round(255 * (1 - share)))
-            ends = [
-                tuple(np.clip(place(s), -10_000, 10_000)) for s in states[t : t + 2]
-            ]  # very long lines take minutes
+            # PIL draws all of a line, also outside the picture: minutes if a model has diverged
+            ends = [tuple(np.clip(place(s), -10_000, 10_000)) for s in states[t : t + 2]]
             draw.line(ends, colour, width=max(1, scale // 80))
 
 
