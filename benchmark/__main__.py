@@ -2,7 +2,6 @@
 
 python -m benchmark run smoke                # every script end to end in minutes; suites: benchmark/suites.toml
 python -m benchmark run headline --jobs 2    # repeat to resume; finished runs are skipped
-python -m benchmark run paper --dry-run      # print the commands, for xargs, GNU parallel or sbatch
 python -m benchmark run paper --slurm --jobs 100 --gpus 1 --slurm-options partition=gpu
 python -m benchmark collect                  # results of finished runs -> benchmark/results/
 python -m benchmark table                    # tables of benchmarks.md; --check: do they match the results?
@@ -138,8 +137,7 @@ def collect(
         raise UserError(f"{', '.join(map(str, folders))}: no finished run there")
     for folder in runs:
         target, text = out / folder.name, (folder / "result.json").read_text()
-        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-        lines = [line for line in lines if '"eval/return"' in line]
+        lines = [x for x in (folder / "metrics.jsonl").read_text().splitlines(keepends=True) if '"eval/return"' in x]
         state = "new"
         if (target / "result.json").exists():
             there, evals = (target / "result.json").read_text(), (target / "evals.jsonl").read_text().splitlines()
@@ -167,6 +165,7 @@ for command in (run, collect, report.table, report.plot, case_study.case_study, 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children, like Ctrl-C
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --dry-run | head
     try:
         app.cli(prog="python -m benchmark", config=(tyro.conf.OmitArgPrefixes,))
     except UserError as e:

@@ -56,17 +56,18 @@ def expand(suite, only=(), run_dir=""):
     """Runs of the suite whose names contain or match one of `only`, and first the runs whose models they use."""
     suite, runs = SUITES[suite], {}
     run_dir = run_dir or suite["run_dir"]
-    words = {"run_dir": run_dir} | {k: v.format(run_dir=run_dir) for k, v in FLAGS.items()}
+    words = FLAGS | {"run_dir": "{run_dir}"}  # filled in after the split, as it may contain spaces
     for row in suite["rows"]:
         for task, seed in ((task, seed) for task in tasks_of(row) for seed in row.get("seeds", (0, 1, 2))):
-            data = suite["data"].get(task, "d4rl").format(**words)
+            data = suite["data"].get(task, "d4rl")
             begin, end = parse_task(task).slug, f"{seed}{source_of(data)}"
-            flags = f"{suite['flags']} {row.get('flags', '')}".format(**words).split()
             lender = f"{begin}__{row['model_of']}__{end}" if "model_of" in row else ""
-            flags += ["--dynamics-from", f"{run_dir}/{lender}/dynamics.pt"] if lender else []
+            text = f"--env {task} --dataset {data} --seed {seed} --exp-name {row['name']} --run-dir {{run_dir}}"
+            text += f" {suite['flags']} {row.get('flags', '')}"
+            text += f" --dynamics-from {{run_dir}}/{lender}/dynamics.pt" if lender else ""
+            flags = [word.format(run_dir=run_dir) for word in text.format(**words).split()]
             updates = int(flags[flags.index("--total-updates") + 1]) if "--total-updates" in flags else 0
-            where = f"--env {task} --dataset {data} --seed {seed} --exp-name {row['name']} --run-dir {run_dir}".split()
-            command = (sys.executable, f"algorithms/{row['script']}.py", *where, *flags)
+            command = (sys.executable, f"algorithms/{row['script']}.py", *flags)
             run = Run(Path(run_dir) / f"{begin}__{row['name']}__{end}", command, updates, lender)
             runs[run.name] = run
     wanted = {n for n in runs if not only or any(w in n or fnmatch.fnmatchcase(n, w) for w in only)}

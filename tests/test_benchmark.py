@@ -231,6 +231,8 @@ def test_names_of_runs_and_their_lenders():
     names = [run.name for run in suites.expand("headline")]
     assert "maze2d-umaze-v1__romi_bcq__2__generated" in names and len(names) == 17
     assert "hopper-medium-replay-v2__romi_cql__0__bundled" in names
+    spaced = suites.expand("smoke", ["sra_iql"], "a b")[-1]
+    assert "a b/data/maze2d_umaze_expert.hdf5" in spaced.command and spaced.folder.parent == Path("a b")
     assert [run.name for run in suites.expand("headline", ["maze*__bcq__1__*"])] == [
         "maze2d-umaze-v1__bcq__1__generated"
     ]
