@@ -283,13 +283,14 @@ def write_hdf5(path, arrays, facts, level=1, attributes=()):
     """Write arrays to an HDF5 file and `facts` to a .json beside it, last, so that its presence means "done"; facts
     named in `attributes` also become attributes of the HDF5 file. level: gzip's. Replaces files atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()  # on a full disk HDF5 itself would crash
-    with h5py.File(buffer, "w") as f:
+    # In memory, as HDF5 crashes on a full disk. Its own driver gives the bytes of a file on disk, BytesIO others.
+    with h5py.File(path, "w", driver="core", backing_store=False) as f:
         for k, v in arrays.items():
             f.create_dataset(k, data=v, compression="gzip", compression_opts=level, shuffle=True)
         for k in attributes:
             f.attrs[k] = facts[k]
-    content = buffer.getbuffer()
+        f.flush()
+        content = f.id.get_file_image()
     facts = facts | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     part = path.with_suffix(f".{os.getpid()}.part")  # two runs may generate the same data at once
     write_file(part, content)

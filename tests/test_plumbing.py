@@ -12,6 +12,8 @@ from errno import ENOSPC
 from types import SimpleNamespace
 
 import fomi_bcq
+import h5py
+import numpy as np
 import pytest
 import romi_bcq
 import romi_cql as m
@@ -352,3 +354,13 @@ def test_out_of_memory_without_any_size(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         plumbing.run_script(main, Args, "A script.")
     assert capsys.readouterr().err == "error: out of memory\n"
+
+
+def test_hdf5_has_the_bytes_of_a_file_on_disk(tmp_path):
+    """Results name their data by the file's sha256, so its layout must not change."""
+    arrays = {k: np.random.default_rng(0).normal(size=(100, 4)).astype("f4") for k in ("observations", "infos/goal")}
+    plumbing.write_hdf5(tmp_path / "ours.hdf5", arrays, {})
+    with h5py.File(tmp_path / "theirs.hdf5", "w") as f:
+        for k, v in arrays.items():
+            f.create_dataset(k, data=v, compression="gzip", compression_opts=1, shuffle=True)
+    assert (tmp_path / "ours.hdf5").read_bytes() == (tmp_path / "theirs.hdf5").read_bytes()
