@@ -758,6 +758,7 @@ def describe_imagination(task, obs, act, rew, next_obs, terminated, chains, fold
     of h tuples (obs, act, next_obs), (C, ...) each, in forward time."""
     stats = {f"model/imagined_reward_{k}": v for k, v in (("min", rew.min()), ("max", rew.max()), ("mean", rew.mean()))}
     stats["model/imagined_terminated"] = terminated.mean()
+    stats["model/imagined_state_max"] = max(obs.max(), -obs.min(), next_obs.max(), -next_obs.min())
     if task.domain in WORLDS and (n := min(len(step[0]) for step in chains)):
         obs, act, next_obs = (torch.stack([step[k][:n].cpu() for step in chains], 1) for k in range(3))  # (C, h, ...)
         draw_maze(task, torch.cat([obs[:, :1], next_obs], 1).numpy(), folder, "imagination")

@@ -811,3 +811,12 @@ def test_evaluation_leaves_the_random_numbers_alone():
     with pytest.raises(UserError, match="diverged") as e:
         rollout([Countdown()], lambda obs: obs[:, :1] * np.nan, seed=4)
     assert torch.equal(torch.rand(5), expected) and e.value.status == 3
+
+
+def test_imagined_states_that_explode_are_logged():
+    obs, act, rew = torch.zeros(3, 11), torch.zeros(3, 3), torch.zeros(3)
+    next_obs = obs.clone()
+    next_obs[1, 2] = -500
+    for pair in ((obs, next_obs), (next_obs, obs)):
+        stats = utils.describe_imagination(parse_task("hopper-medium"), pair[0], act, rew, pair[1], rew, [], None)
+        assert stats["model/imagined_state_max"] == 500
