@@ -69,6 +69,7 @@ def run(
     if slurm and not (dry_run or shutil.which("srun")):
         raise UserError("--slurm: there is no srun on this machine")
     if dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head; not while runs are on, which would outlive us
         return print("\n".join(shlex.join(run.command) for run in runs))
     run_dir = runs[0].folder.parent
     if suite == "smoke" and not (run_dir / "data" / "maze2d_umaze.hdf5").exists():
@@ -165,7 +166,6 @@ for command in (run, collect, report.table, report.plot, case_study.case_study, 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children, like Ctrl-C
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --dry-run | head
     try:
         app.cli(prog="python -m benchmark", config=(tyro.conf.OmitArgPrefixes,))
     except UserError as e:
