@@ -157,7 +157,12 @@ def start(args):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         ctypes.CDLL(None).mallopt(M_TOP_PAD, 64 << 20)
-    return torch.device(args.device if args.device != "auto" else "cuda" if have["cuda"] else "cpu")
+    device = torch.device(args.device if args.device != "auto" else "cuda" if have["cuda"] else "cpu")
+    able, halves = torch.cpu.get_capabilities(), [k for k in ("bf16", "dynamics_bf16") if getattr(args, k, False)]
+    if device.type == "cpu" and halves and not any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")):
+        flags = " ".join(f"--{k.replace('_', '-')}" for k in halves)
+        print(f"warning: this CPU has no bfloat16 instructions; {flags} will be many times slower", file=sys.stderr)
+    return device
 
 
 def compile_methods(agent, *names):
@@ -241,7 +246,7 @@ def summary(run):
     result |= {"return_mean": last.get("eval/return"), "return_std": last.get("eval/return_std")}
     result |= {"eval_episodes": args.eval_episodes, "wall_time_s": round(run.worked, 1)}
     result |= {"updates_per_s": round(rate, 2) or None}  # None: killed between the last update and this file
-    return result | {k: config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
+    return result | {k: config[k] for k in ("dataset", "device", "versions", "git_commit", "command", "args")}
 
 
 def score(evals):

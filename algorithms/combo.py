@@ -358,11 +358,11 @@ def termination_fn(task, data, args):
     goal = data.goal() if domain == "antmaze" else None
 
     def terminates(obs, act, next_obs):
-        height, angle, finite = next_obs[:, 0], next_obs[:, 1], next_obs.isfinite().all(-1)
+        height, finite = next_obs[:, 0], next_obs.isfinite().all(-1)  # column 1: the angle of the torso
         if domain == "hopper":
-            return ~(finite & (next_obs[:, 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
+            return ~(finite & (next_obs[:, 1:].abs() < 100).all(-1) & (height > 0.7) & (next_obs[:, 1].abs() < 0.2))
         if domain == "walker2d":
-            return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+            return ~((height > 0.8) & (height < 2.0) & (next_obs[:, 1].abs() < 1.0))
         if domain == "ant":
             return ~(finite & (height >= 0.2) & (height <= 1.0))
         if domain == "antmaze":

@@ -5,8 +5,8 @@ accurate the models are (as asked in ROMI's Appendix C, with our own measures).
   accuracy      on held-out rows of the data; for imagined transitions, against the true simulator
 
 A state is the whole observation: (x, y, vx, vy) in m and m/s, or an ant's 29 numbers. A reverse model predicts s from
-s', a forward model s' from s. Held-out rows are compared with predicted means; imagined transitions are sampled, as in
-training. Everything is seeded.
+s', a forward model s' from s. Held-out rows are compared with predicted means; imagined transitions are sampled, from
+start states drawn uniformly, and no rollout ends early. Everything is seeded.
 """
 
 import importlib

@@ -270,7 +270,8 @@ def main(args, act=None):
     settings = {k: getattr(args, k) for k in ("task", "steps", "seed", "noise")}
     settings |= {"goals": args.goals or ("all" if args.task.endswith("diverse") else "one")}
     settings |= {"mujoco": mujoco.__version__}
-    if path.exists() and path.with_suffix(".json").exists() and not args.overwrite:
+    kept = path.exists() and path.with_suffix(".json").exists() and not args.overwrite
+    if kept:
         there = plumbing.read_json(path.with_suffix(".json"))
         there |= there.get("versions", {})
         differ = [f"{k} ({there.get(k)} there, here {v})" for k, v in settings.items() if there.get(k) != v]
@@ -289,8 +290,9 @@ def main(args, act=None):
         env, name = f"Rewind/AntMaze-{args.task}-v2", f"rewind/antmaze/{args.task}-v0"
         runs = arrays | {"ends": arrays["timeouts"]}  # one episode per row near the goal would take gigabytes
         utils.write_minari(name, runs, env, utils.REFERENCE["antmaze"], "waypoints", "datasets/antmaze.py", meta)
-    del arrays["next_observations"]  # D4RL's files have none
-    plumbing.write_hdf5(path, arrays, meta | {"args": {k: str(v) for k, v in asdict(args).items() if k != "out"}})
+    if not kept:  # its bytes depend on the CPU, and finished runs name them
+        del arrays["next_observations"]  # D4RL's files have none
+        plumbing.write_hdf5(path, arrays, meta | {"args": {k: str(v) for k, v in asdict(args).items() if k != "out"}})
     shutil.rmtree(path.with_suffix(".parts"))
     print(f"{path}: {json.dumps(stats)}", file=sys.stderr)
 

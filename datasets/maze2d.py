@@ -7,7 +7,7 @@ Recipe: Farama-Foundation/D4RL, scripts/generation/generate_maze2d_datasets.py, 
   3. action = clip(10 (waypoint - position) - velocity) + N(0, 0.5^2), clipped again.
   4. Within 0.1 of the target cell a new target is sampled.
 
-    python datasets/maze2d.py --maze umaze               # 1 000 000 steps, both rewards, about half a minute
+    python datasets/maze2d.py --maze umaze               # 1 000 000 steps, both rewards, about a minute
     python datasets/maze2d.py --maze umaze --expert      # demonstrations: episodes to the task's goal, no noise
     python datasets/maze2d.py --maze umaze --minari      # also as a Minari dataset: --env rewind/maze2d/umaze-v0
     python algorithms/romi_bcq.py --env maze2d-umaze --dataset generated

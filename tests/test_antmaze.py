@@ -419,7 +419,10 @@ def test_data_of_other_settings_are_not_replaced_by_the_way(make, tmp_path, caps
 
 def test_minari_round_trip(make, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    make()
+    before = (tmp_path / "data" / "antmaze_umaze.hdf5").stat().st_mtime_ns
     file = make(minari=True)
+    assert (tmp_path / "data" / "antmaze_umaze.hdf5").stat().st_mtime_ns == before
     task = parse_task("rewind/antmaze/umaze-v0")
     assert (task.domain, task.kind, task.max_steps) == ("antmaze", "umaze", 700)
     data = load_dataset(task, "auto")

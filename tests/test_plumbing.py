@@ -333,6 +333,14 @@ def test_denormal_numbers_are_flushed():
     assert not (torch.tensor([1e-30]) * 1e-10).item()
 
 
+@pytest.mark.parametrize("cpu", [{}, {"avx512_bf16": True}, {"bf16": True}])
+def test_bfloat16_in_software_is_named_before_it_costs_a_day(cpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    start = {"device": "cpu", "num_threads": 1, "seed": 0, "compile": False, "dynamics_bf16": True}
+    plumbing.start(SimpleNamespace(bf16=False, **start))
+    assert ("--dynamics-bf16 will be many times slower" in capsys.readouterr().err) == (not cpu)
+
+
 def test_help_names_flags_that_exist(capsys):
     """A switch that a task may set takes a value; only plain ones have a --no- form."""
     plumbing.show_help(m.Args, m.__doc__)

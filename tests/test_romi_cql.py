@@ -296,6 +296,7 @@ def test_termination_rules():
     fallen = [{0: 0.19}, {0: 1.01}, {0: 0.5, 3: math.inf}]
     assert end("ant-medium", 27, {0: 0.2}, {0: 1.0}, *fallen) == 2 * [False] + 3 * [True]
     assert end("halfcheetah-medium", 17, {0: -9.0}) == end("maze2d-umaze", 4, {0: -9.0}) == [False]
+    assert end("maze2d-umaze", 1, {0: -9.0}) == [False]  # as any other environment, even with one number per state
     # antmaze: the goal is the middle of the rewarded positions, (4, 8) here
     assert end("antmaze-umaze", 29, {0: 4.0, 1: 8.4}, {0: 4.0, 1: 8.6}) == [True, False]
 
