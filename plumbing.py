@@ -246,7 +246,8 @@ def summary(run):
     result |= {"return_mean": last.get("eval/return"), "return_std": last.get("eval/return_std")}
     result |= {"eval_episodes": args.eval_episodes, "wall_time_s": round(run.worked, 1)}
     result |= {"updates_per_s": round(rate, 2) or None}  # None: killed between the last update and this file
-    return result | {k: config[k] for k in ("dataset", "device", "versions", "git_commit", "command", "args")}
+    result |= {k: config[k] for k in ("dataset", "device", "versions", "git_commit", "command")}
+    return result | {"args": {k: v for k, v in config["args"].items() if k != "run_dir"}}
 
 
 def score(evals):
