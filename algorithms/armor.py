@@ -28,26 +28,24 @@ What the poster leaves open and what we do ("unverified": the paper's choice acc
      about as closely as states.
   3. M is one member of MOPO's ensemble (arXiv:2005.13239), R_M its mean reward, fitted first, with early stopping
      (unverified: for 100 000 steps). E_D excludes the holdout set of this fit, which shows whether the game harms M.
-  4. In the game M keeps its weight decay, equally strong relative to the fit, and its log-variance bounds.
-  5. M's learning rate warms up over 500 updates: Adam's first steps, at full length, would undo the fit.
-  6. M and f_i step together. M's gradient also flows through a' ~ pi(.|s'_M), one sample per row, and f_target.
-  7. From ATAC's code: for beta > 1 the adversary's loss is divided by beta, for alpha > 1 the actor's by alpha; Proj_F
+  4. M and f_i step together. M's gradient also flows through a' ~ pi(.|s'_M), one sample per row, and f_target.
+  5. From ATAC's code: for beta > 1 the adversary's loss is divided by beta, for alpha > 1 the actor's by alpha; Proj_F
      bounds each layer's norm by 100; Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma,
      learning rates, layer widths (unverified: as in ARMOR).
-  8. lightATAC averages the entropy over action dimensions, so its published settings mean another target. Here, as in
-     ATAC, it is a sum; the target is minus the number of action dimensions. log std is at least -5 (ATAC: -11.5).
-  9. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: optional).
- 10. Warm start of 100 000 updates (ATAC's script; unverified: ARMOR's): pi clones the data, with the game's entropy
+  6. lightATAC averages the entropy over action dimensions, so its target entropy is per dimension. Here, as in ATAC, it
+     is a sum; the target is minus the number of action dimensions. log std is at least -5 (ATAC: -11.5).
+  7. Values of s' in the target are clipped to the returns that the data's rewards allow (ATAC: optional).
+  8. Warm start of 100 000 updates (ATAC's script; unverified: ARMOR's): pi clones the data, with the game's entropy
      bonus, and the critics minimise E^w on the data. The clone, frozen, is pi_ref. Then pi's optimizer and the
-     temperature are reset; the critics' optimizer is kept.
- 11. Given a reference, pi starts as its copy, with its entropy as the target if that is lower. Half of each batch in
-     the warm start is then from M; data alone would leave other actions overestimated. --clone data: start as with bc.
- 12. Batches are half data, half D_model, which starts empty and keeps the last 1 000 000 pairs.
- 13. H is the episode length (unverified). Rollouts that terminate (no bootstrap) or leave the range of the data by more
+     temperature are reset; the critics' optimizer and targets are kept.
+  9. Given a reference, pi starts as its copy (--clone data: as a clone of the data), and the entropy target is lowered
+     to the copy's if need be. Half of each batch in the warm start is then from M; data alone would leave other actions
+     overestimated.
+ 10. H is the episode length (unverified). Rollouts that terminate (no bootstrap) or leave the range of the data by more
      than 10 % restart from the states of the minibatch.
- 14. beta = 16 (ATAC's script; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
-     paper's, one pair per dataset, are unknown. With a small lambda M fits the critics' errors instead of the data.
- 15. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals; L its actions, unless --reference is bc or a policy.
+ 11. beta = 16 (ATAC's script; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
+     paper's, one pair per dataset, are unknown. With a small lambda M bends to the critics instead of the data.
+ 12. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals; L its actions, unless --reference is bc or a policy.
 """
 
 import copy
@@ -363,16 +361,16 @@ def sample_step(obs, mean, logvar):
     return mean[:, 0], obs + mean[:, 1:] + (0.5 * logvar[:, 1:]).exp() * torch.randn_like(obs)
 
 
-def data_fit(mean, logvar, obs, rew, next_obs, known, v_max):
-    """E_D(M), a mean over rows with a known successor: -log P_M(s'|s, a) + (R_M(s, a) - r)^2 / V_max^2"""
+def data_fit(mean, logvar, obs, rew, next_obs, fit_rows, v_max):
+    """E_D(M), a mean over the rows where `fit_rows` (B,) is 1: -log P_M(s'|s, a) + (R_M(s, a) - r)^2 / V_max^2"""
     error = next_obs - obs - mean[:, 1:]
     nll = 0.5 * (error.square() * (-logvar[:, 1:]).exp() + logvar[:, 1:] + math.log(2 * math.pi)).sum(-1)
-    return ((nll + (mean[:, 0] - rew).square() / v_max**2) * known).sum() / known.sum().clamp(min=1)
+    return ((nll + (mean[:, 0] - rew).square() / v_max**2) * fit_rows).sum() / fit_rows.sum().clamp(min=1)
 
 
 @torch.no_grad()
 def model_fit(model, obs, act, rew, next_obs):
-    """Errors on held-out rows; if they grow beyond those of the fitted model, the game harms M."""
+    """Errors on held-out rows."""
     mean, logvar = gaussian(model, obs, act)
     squares = (mean - torch.cat([rew[:, None], next_obs - obs], -1)).square()
     fit = {"nll": data_fit(mean, logvar, obs, rew, next_obs, torch.ones_like(rew), math.inf)}
@@ -406,9 +404,8 @@ def termination_fn(task, data, args):
 class Rollouts:
     """D_model, and the current states of the rollouts of pi and pi_ref (Alg. 1, l. 7, 8); obs (N, O): data states."""
 
-    def __init__(self, obs, act_dim, num_starts, terminates, args):
+    def __init__(self, obs, act_dim, terminates, args):
         self.args, self.terminates = args, terminates
-        self.states = obs.new_zeros(2 * num_starts, obs.shape[1])  # first half: pi, second half: pi_ref
         self.pairs = obs.new_zeros(args.pairs_kept, obs.shape[1] + act_dim)  # (s, a)
         low, high = obs.aminmax(dim=0)
         margin = args.rollout_margin * torch.where(high > low, high - low, math.inf)  # no bounds for constant columns
@@ -436,8 +433,8 @@ class Rollouts:
         starts = starts.repeat(2, 1)
         if (step - 1) % self.args.horizon == 0:
             self.states = starts  # l. 7
-        own, given = self.states.chunk(2)
-        act = torch.cat([sample_action(policy, own)[0], sample_action(reference, given)[0]])
+        pi_obs, ref_obs = self.states.chunk(2)
+        act = torch.cat([sample_action(policy, pi_obs)[0], sample_action(reference, ref_obs)[0]])
         slots = (self.added + torch.arange(len(act), device=act.device)) % len(self.pairs)  # replaces the oldest pairs
         self.pairs[slots] = torch.cat([self.states, act], -1)  # l. 8
         self.added += len(act)
@@ -470,27 +467,27 @@ def entropy(policy, obs):
 def value_range(rew, gamma):
     """Lowest and highest return that rewards between 0 and the extremes of `rew` (N,) allow, at least 1 / (1 - gamma)
     apart (lightATAC)."""
-    per_step = 1 / max(1 - gamma, 1e-8)
-    high = max(0.0, rew.max().item() * per_step)
-    return min(0.0, rew.min().item() * per_step, high - per_step), high
+    horizon = 1 / max(1 - gamma, 1e-8)
+    high = max(0.0, rew.max().item() * horizon)
+    return min(0.0, rew.min().item() * horizon, high - horizon), high
 
 
 def normalized_sum(loss, regulariser, weight):
-    """loss + weight * regulariser, divided by the weight where that is above 1: the same optimum, bounded gradients."""
+    """(loss + weight * regulariser) / max(1, weight): the same optimum, bounded gradients."""
     return loss / weight.clamp(min=1) + weight.clamp(max=1) * regulariser
 
 
 class ARMOR:
     """The two players of the game; without a model: ATAC."""
 
-    def __init__(self, obs_dim, act_dim, args, device, values, hidden=None):
-        """values: range of the returns; hidden: layers of the policy; None: as the critics"""
-        self.args, self.device, self.values = args, device, values
+    def __init__(self, obs_dim, act_dim, args, device, return_range, hidden=None):
+        """return_range: (lowest, highest); hidden: layers of the policy; None: as the critics"""
+        self.args, self.device, self.return_range = args, device, return_range
         self.reference = self.model = None  # set by begin_game
         self.policy = Policy(obs_dim, act_dim, hidden or args.hidden).to(device)
         self.qf = QFunctions(obs_dim, act_dim, args.hidden).to(device)
         self.target_qf = QFunctions(obs_dim, act_dim, args.hidden).to(device).requires_grad_(False)
-        self.target_qf.load_state_dict(self.qf.state_dict())  # l. 1
+        self.target_qf.load_state_dict(self.qf.state_dict())
         self.log_alpha = nn.ParameterDict({"sac": torch.zeros(())}).to(device)  # temperature
         self.target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
         self.beta = torch.tensor(args.bellman_weight, device=device)
@@ -531,25 +528,25 @@ class ARMOR:
 
     def bellman(self, obs, act, rew, next_obs, terminated, others=()):
         """E^w of both critics, (2,), and their values of the rows' actions and of `others` in obs, (2, B) each."""
-        with self.autocast():
+        with self.autocast():  # not under no_grad: M learns through s'_M, a' and f_target
             next_act, _ = sample_action(self.policy, next_obs)
             states = torch.cat([obs, next_obs, *[obs] * len(others)])
             q, next_q, *q_others = self.qf(states, torch.cat([act, next_act, *others])).split(len(obs), 1)
             next_target = self.target_qf(next_obs, next_act).amin(0)
         if self.args.clip_v:
-            next_target = next_target.clamp(*self.values)
+            next_target = next_target.clamp(*self.return_range)
         w, discount = self.args.target_weight, self.args.gamma * (1 - terminated)
         residual = (q - (rew + discount * next_q)).square().mean(1)
         error = (1 - w) * residual + w * (q - (rew + discount * next_target)).square().mean(1)
         return error, q, *q_others
 
-    def adversary_loss(self, obs, act, pi_act, ref_act, rew, next_obs, terminated, known):
+    def adversary_loss(self, obs, act, pi_act, ref_act, rew, next_obs, terminated, fit_rows):
         """l^adversary, summed over f_1 and f_2 (Eq. 4). obs, act: the pairs of D_M, those of the data first, with their
-        rew, next_obs, terminated and known (has a successor, not held out); ref_act None: the data's actions."""
+        rew, next_obs, terminated and fit_rows (successor known, not held out); ref_act None: the data's actions."""
         n, fit, metrics = len(rew), 0.0, {}
         if self.model is not None:
             mean, logvar = gaussian(self.model, obs, act)
-            fit = data_fit(mean[:n], logvar[:n], obs[:n], rew, next_obs, known, self.v_max)  # E_D
+            fit = data_fit(mean[:n], logvar[:n], obs[:n], rew, next_obs, fit_rows, self.v_max)  # E_D
             rew, next_obs = sample_step(obs, mean, logvar)  # D_M, l. 4
             terminated = self.terminates(obs, act, next_obs).float()
             metrics = {"losses/data_fit": fit.detach()}
@@ -583,7 +580,7 @@ class ARMOR:
         descend(self.alpha_opt, -self.log_alpha["sac"] * (log_prob.detach().mean() + self.target_entropy))
         return self.log_alpha["sac"].detach().exp()
 
-    def warm_up(self, obs, act, rew, next_obs, terminated, cloned):
+    def warm_start_update(self, obs, act, rew, next_obs, terminated, cloned):
         """Warm start: critics by E^w, policy by the likelihood of `cloned` (B, A), with entropy; kept if None."""
         bellman, q = self.bellman(obs, act, rew, next_obs, terminated)
         self.step_critics(bellman.sum())
@@ -598,14 +595,14 @@ class ARMOR:
         descend(self.policy_opt, normalized_sum(clone_loss, log_prob.mean(), alpha))
         return metrics | {"losses/clone": clone_loss.detach()}
 
-    def update(self, obs, act, rew, next_obs, terminated, known=None, pairs=None):
+    def update(self, obs, act, rew, next_obs, terminated, fit_rows=None, pairs=None):
         """Adversary, targets, temperature, policy, in this order (Alg. 1, l. 4-6); pairs: (s, a) of D_model."""
         if pairs is not None:
             obs, act = torch.cat([obs, pairs[0]]), torch.cat([act, pairs[1]])
         with self.autocast():
             pi_act, log_prob = sample_action(self.policy, obs)
             ref_act = None if self.reference is None else sample_action(self.reference, obs)[0]
-        loss, metrics = self.adversary_loss(obs, act, pi_act.detach(), ref_act, rew, next_obs, terminated, known)
+        loss, metrics = self.adversary_loss(obs, act, pi_act.detach(), ref_act, rew, next_obs, terminated, fit_rows)
         norm = self.step_critics(loss)  # l. 5
         alpha = self.step_alpha(log_prob)
         policy_loss = self.policy_loss(obs, pi_act, log_prob, alpha)
@@ -631,7 +628,7 @@ def warm_start(agent, rows, reference, dynamics, rollouts, args, run):
             starts, imagined = batch[0], rollouts.transitions(num_model, dynamics)
             batch = [torch.cat(x) for x in zip(batch, imagined, strict=True)]
             rollouts.advance(step, starts, agent.policy, reference, dynamics)
-        metrics = agent.warm_up(*batch, batch[1] if args.clone == "data" else None)
+        metrics = agent.warm_start_update(*batch, batch[1] if args.clone == "data" else None)
         if step % args.log_every == 0:
             run.log(0, {"model/warm_start_update": step} | metrics)
 
@@ -695,6 +692,18 @@ def given_reference(args, data, domain=""):
     weights = b"".join(w.contiguous().numpy().tobytes() for w in reference.state_dict().values())
     data.more_facts["reference"] = hashlib.sha256(weights).hexdigest()  # a run is not resumed with another one
     return reference
+
+
+def describe(args, task, data, device, imagines):
+    """The run's config.json, with what decides its model and its warm start."""
+    config = plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL_FLAGS)
+    decides, sha256 = config["decides"], data.more_facts.get("reference")
+    decides["dynamics"] |= {"ensemble_size": 1, "num_elites": 1}
+    decides["warm_start"] = {"data": data.sha256, "cloned": None if args.clone == "data" else sha256}
+    decides["warm_start"] |= {"imagines": imagines} | (decides["dynamics"] if imagines else {})
+    decides["warm_start"] |= {k: config["args"][k] for k in sorted(WARM_START | (IMAGINED if imagines else set()))}
+    config["args"]["reference"] = sha256 or args.reference  # its weights matter, not its path
+    return config
 
 
 class Run:
@@ -770,32 +779,25 @@ def main(args):
     reference = None if args.reference in ("bc", "data") else given_reference(args, data, task.domain).to(device)
     terminates = termination_fn(task, data, args) if num_model else None
     envs = [make_env(task) for _ in range(args.eval_episodes)]
-    config = plumbing.describe_run(__file__, args, task, data, device, "forward", MODEL_FLAGS)
-    decides, sha256 = config["decides"], data.more_facts.get("reference")
-    decides["dynamics"] |= {"ensemble_size": 1, "num_elites": 1}
-    decides["warm_start"] = {"data": data.sha256, "cloned": None if args.clone == "data" else sha256}
-    decides["warm_start"] |= {"imagines": imagines} | (decides["dynamics"] if imagines else {})
-    decides["warm_start"] |= {k: config["args"][k] for k in sorted(WARM_START | (IMAGINED if imagines else set()))}
-    config["args"]["reference"] = sha256 or args.reference  # its weights matter, not its path
-    run = Run(args, config)
+    run = Run(args, describe(args, task, data, device, imagines))
     if run.finished:
         return
     obs_dim, act_dim = data.obs.shape[1], data.act.shape[1]
     rows = pack(data.obs, data.act, data.rew, data.next_obs, data.terminated).to(device)
-    known, dynamics, game = data.has_next.to(device, copy=True), None, {}
+    fit_rows, dynamics, game = data.has_next.to(device, copy=True), None, {}
 
     if num_model:
-        obs, act, rew, next_obs, _ = unpack(rows[known], obs_dim, act_dim)
+        obs, act, rew, next_obs, _ = unpack(rows[fit_rows], obs_dim, act_dim)
         torch.manual_seed(4 * args.seed)
         dynamics = train_dynamics(obs, act, rew, next_obs, args, run)
         order = torch.randperm(len(act), generator=torch.Generator().manual_seed(args.seed)).to(device)
         held_out = order[: max(1, min(int(args.holdout_ratio * len(act)), args.holdout_max))]  # as in train_dynamics
-        known[known.nonzero().squeeze(1)[held_out]] = False  # not in E_D either: model_fit measures M on them
-        unseen = [x[held_out] for x in (obs, act, rew, next_obs)]
-        fitted = model_fit(dynamics, *unseen)
+        fit_rows[fit_rows.nonzero().squeeze(1)[held_out]] = False  # not in E_D either: model_fit measures M on them
+        holdout = [x[held_out] for x in (obs, act, rew, next_obs)]
+        fitted = model_fit(dynamics, *holdout)
         v_max = fitted["reward_error"].clamp(min=1e-3) if args.v_max is None else args.v_max
-        game = {"model": copy.deepcopy(dynamics), "terminates": terminates, "v_max": v_max}
-    new_rollouts = partial(Rollouts, data.obs.to(device), act_dim, num_real, terminates, args)
+        game = {"model": dynamics, "terminates": terminates, "v_max": v_max}
+    new_rollouts = partial(Rollouts, data.obs.to(device), act_dim, terminates, args)
 
     torch.manual_seed(4 * args.seed + 1)  # with and without a model, so that a clone's warm start is the same
     hidden = reference.hidden if args.clone == "copy" else None
@@ -803,14 +805,14 @@ def main(args):
     if args.clone == "copy":
         agent.policy.load_state_dict(reference.state_dict())
         if args.target_entropy is None:  # so that Proj_Pi allows pi_ref
-            own = entropy(agent.policy, data.obs[:: max(1, len(data) // 20_000)].to(device))
-            agent.target_entropy = min(agent.target_entropy, own)
+            copied = entropy(agent.policy, data.obs[:: max(1, len(data) // 20_000)].to(device))
+            agent.target_entropy = min(agent.target_entropy, copied)
     warm_start(agent, rows, reference, dynamics, new_rollouts() if imagines else None, args, run)
     reference = reference or Reference({"policy": agent.policy.state_dict()}).to(device)  # the clone, frozen
     agent.begin_game(None if args.reference == "data" else reference, **game)
     if args.eval_episodes:  # J(pi_ref), on the evaluation episodes
-        theirs = evaluate(task, envs, partial(agent.act, policy=reference), args.seed, args.gamma)
-        theirs = {k.replace("eval/", "reference/"): v for k, v in theirs.items()}
+        ref_eval = evaluate(task, envs, partial(agent.act, policy=reference), args.seed, args.gamma)
+        ref_eval = {k.replace("eval/", "reference/"): v for k, v in ref_eval.items()}
 
     torch.manual_seed(4 * args.seed + 3)
     rollouts = new_rollouts() if num_model else None
@@ -821,7 +823,7 @@ def main(args):
         batch = unpack(rows[idx], obs_dim, act_dim)  # l. 3, D_real's part; rollouts.sample draws D_model's
         if num_model:
             agent.ramp_model(step)
-            metrics = agent.update(*batch, known[idx], rollouts.sample(num_model))  # l. 4-6
+            metrics = agent.update(*batch, fit_rows[idx], rollouts.sample(num_model))  # l. 4-6
             metrics |= rollouts.advance(step, batch[0], agent.policy, reference, agent.model)  # l. 7, 8
         else:
             metrics = agent.update(*batch)
@@ -829,11 +831,11 @@ def main(args):
             metrics["q/policy_shift"] = (agent.act(some_obs) - agent.act(some_obs, reference)).abs().mean()
             metrics["q/target_entropy"] = agent.target_entropy
             if num_model:
-                fit = model_fit(agent.model, *unseen) | {f"{k}_fitted": v for k, v in fitted.items()}
+                fit = model_fit(agent.model, *holdout) | {f"{k}_fitted": v for k, v in fitted.items()}
                 metrics |= {f"model/{k}": v for k, v in fit.items()}
             run.log(step, metrics)
         if args.eval_episodes and (step % args.eval_every == 0 or step == args.total_updates):
-            metrics = evaluate(task, envs, agent.act, args.seed, args.gamma, run.folder) | theirs
+            metrics = evaluate(task, envs, agent.act, args.seed, args.gamma, run.folder) | ref_eval
             for gain, name in (("improvement", "return"), ("discounted_improvement", "discounted_return")):
                 metrics[f"reference/{gain}"] = metrics[f"eval/{name}"] - metrics[f"reference/{name}"]
             run.log(step, metrics)

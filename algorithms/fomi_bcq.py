@@ -17,19 +17,19 @@ sfujim/BCQ (continuous_BCQ).
     python algorithms/fomi_bcq.py --env maze2d-umaze --model-ratio 0        # BCQ
 
 Where paper and code disagree, we follow the code: the KL term has a quarter of its weight in Eq. 3, sampled latents are
-clipped to +-0.5, the share of imagined transitions per batch is fixed, a rollout stops after a transition whose s' is
-terminal, even its first, and start states and real transitions are sampled in proportion to their trajectory's return
-minus the lowest (not on maze2d, see SETTINGS). On antmaze, where rewards end trajectories, this leaves only those that
-reach the goal. BCQ's generator trains on mixed batches, so it also imitates imagined actions. "l." is a line of ROMI's
+clipped to +-0.5, every batch has the same share of imagined transitions, a rollout ends with the first transition whose
+s' is terminal, rollouts start from the data's s, not s', and starts and real transitions are sampled in proportion to
+their trajectory's return minus the lowest (not on maze2d, see SETTINGS). On antmaze only trajectories that reach the
+goal are left. BCQ's generator trains on mixed batches, so it also imitates imagined actions. "l." is a line of ROMI's
 Algorithm 1. Differences from the code:
   1. Batches are split exactly: round(eta B) imagined transitions, the rest real.
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
      train the models; in the code only on antmaze.
-  4. RBC minimises Eq. 4. Code: minus half an entropy, std as variance, unused buffer rows in the inputs' mean and std.
-  5. tanh's correction log(1 - a^2) is exact, without + 1e-6. Hopper rollouts end below -100, too, not only above 100.
-  6. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
-     rewarded positions; the code asks the environment.
+  4. RBC minimises Eq. 4; the code adds half an entropy bonus and takes the std for the variance. tanh's correction
+     log(1 - a^2) is exact, without + 1e-6.
+  5. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
+     rewarded positions; the code asks the environment. Hopper rollouts end below -100, too, not only above 100.
 """
 
 import copy
@@ -440,10 +440,10 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
     num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # a small buffer gets whole chains, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")
     while filled < M:  # l. 11
-        cond = starts(num_starts)  # states s_t, l. 12
+        cond = starts(num_starts)  # states s, l. 12
         for _ in range(args.horizon):  # the h steps of l. 13
-            act = rollout_policy(cond)  # a_t ~ G(.|s_t), l. 13
-            pred, rew = dynamics.sample(cond, act)  # s_t+1, r_t ~ p(.|s_t, a_t), l. 13
+            act = rollout_policy(cond)  # a ~ G(.|s), l. 13
+            pred, rew = dynamics.sample(cond, act)  # s', r ~ p(.|s, a), l. 13
             obs, next_obs = cond, pred
             terminated = terminates(obs, act, next_obs)  # next_obs is the imagined state
             rows = pack(obs, act, rew, next_obs, terminated)[: M - filled]
@@ -453,7 +453,7 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
             if len(chains) < args.horizon:  # the first batch; a chain that ends is dropped from earlier steps, too
                 n = len(chains[0][0]) if chains else min(500, len(rows))
                 chains = [[x[:n][~terminated[:n]] for x in step] for step in (*chains, (obs, act, next_obs))]
-            cond = pred[~terminated]  # one step forward in time; a chain that ended stays ended
+            cond = pred[~terminated]  # one step forward in time; chains that ended stop
         bar.update(filled - bar.n)
     bar.close()
     return buffer, chains
@@ -641,7 +641,7 @@ def main(args):
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
         cond, pred = obs, next_obs  # forwards
         torch.manual_seed(4 * args.seed)
-        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # ROMI Alg. 1, l. 2-5
+        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # ROMI Eq. 2; Alg. 1, l. 2-5
         torch.manual_seed(4 * args.seed + 1)
         rollout_policy = train_rollout_policy(cond, act, args, run)  # l. 6-9
         torch.manual_seed(4 * args.seed + 2)

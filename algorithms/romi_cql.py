@@ -15,19 +15,19 @@ Papers: Wang et al. 2021, arXiv:2110.00188 (ROMI); Kumar et al. 2020, arXiv:2006
     python algorithms/romi_cql.py --env hopper-medium-replay --model-ratio 0 --bc-warmup 1000000  # cloning, same rows
 
 Where paper and code disagree, we follow the code: the KL term has a quarter of its weight in Eq. 3, sampled latents are
-clipped to +-0.5, the share of imagined transitions per batch is fixed, a rollout stops after a transition whose s' is
-terminal, even its first, and start states and real transitions are sampled in proportion to their trajectory's return
-minus the lowest (not on maze2d, see SETTINGS). On antmaze, where rewards end trajectories, this leaves only those that
-reach the goal. "l." is a line of ROMI's Algorithm 1. Differences from the code:
+clipped to +-0.5, every batch has the same share of imagined transitions, a rollout ends with the first transition whose
+s' is terminal, rollouts start from the data's s, not s', and starts and real transitions are sampled in proportion to
+their trajectory's return minus the lowest (not on maze2d, see SETTINGS). On antmaze only trajectories that reach the
+goal are left. "l." is a line of ROMI's Algorithm 1. Differences from the code:
   1. Batches are split exactly: round(eta B) imagined, the rest real; the code loses one. It makes 1 500 000 updates.
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
      train the models; in the code only on antmaze.
-  4. RBC minimises Eq. 4. Code: minus half an entropy, std as variance, unused buffer rows in the inputs' mean and std.
+  4. RBC minimises Eq. 4; the code adds half an entropy bonus and takes the std for the variance. tanh's correction
+     log(1 - a^2) is exact, without + 1e-6; the policy's mean is not clamped to +-9; PyTorch's initialisation.
   5. The temperature steps with the policy, not before it. No gradient flows through sampled actions in the penalty.
   6. --lagrange starts at --cql-alpha and keeps the unweighted penalty at the gap; the code starts at 1 and weights it.
-  7. tanh's correction log(1 - a^2) is exact, without + 1e-6; the mean is not clamped to +-9; PyTorch's initialisation.
-  8. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
+  7. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
      rewarded positions; the code asks the environment. Hopper rollouts end below -100, too, not only above 100.
 """
 
@@ -443,10 +443,10 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
     num_starts = min(args.rollout_batch_size, math.ceil(M / args.horizon))  # a small buffer gets whole chains, too
     buffer, filled, chains, bar = None, 0, [], plumbing.progress(M, "imagination", "row")
     while filled < M:  # l. 11
-        cond = starts(num_starts)  # target states s_t+1, l. 12
+        cond = starts(num_starts)  # target states s', l. 12
         for _ in range(args.horizon):  # the h steps of l. 13
-            act = rollout_policy(cond)  # a_t ~ G(.|s_t+1), l. 13
-            pred, rew = dynamics.sample(cond, act)  # s_t, r_t ~ p(.|s_t+1, a_t), l. 13
+            act = rollout_policy(cond)  # a ~ G(.|s'), l. 13
+            pred, rew = dynamics.sample(cond, act)  # s, r ~ p(.|s', a), l. 13
             obs, next_obs = pred, cond
             terminated = terminates(obs, act, next_obs)  # next_obs is the given state
             rows = pack(obs, act, rew, next_obs, terminated)[: M - filled]
@@ -456,7 +456,7 @@ def imagine(starts, dynamics, rollout_policy, terminates, args):
             if len(chains) < args.horizon:  # the first batch; a chain that ends is dropped from earlier steps, too
                 n = len(chains[0][0]) if chains else min(500, len(rows))
                 chains = [[x[:n][~terminated[:n]] for x in step] for step in (*chains, (obs, act, next_obs))]
-            cond = pred[~terminated]  # one step back in time; as in the code, none if s' is terminal
+            cond = pred[~terminated]  # one step back in time; chains whose s' was terminal stop
         bar.update(filled - bar.n)
     bar.close()
     return buffer, chains
@@ -652,7 +652,7 @@ def main(args):
         obs, act, rew, next_obs, _ = unpack(rows[data.has_next.to(device)], obs_dim, act_dim)
         cond, pred = next_obs, obs  # backwards
         torch.manual_seed(4 * args.seed)
-        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # ROMI Alg. 1, l. 2-5
+        dynamics = train_dynamics(cond, act, rew, pred, args, run)  # ROMI Eq. 2; Alg. 1, l. 2-5
         torch.manual_seed(4 * args.seed + 1)
         rollout_policy = train_rollout_policy(cond, act, args, run)  # l. 6-9
         torch.manual_seed(4 * args.seed + 2)

@@ -170,7 +170,7 @@ def test_policies_are_paid_for_entropy_and_climb_the_first_critic(alpha, of_q, o
     monkeypatch.setattr(agent, "step_alpha", lambda log_prob: torch.tensor(alpha))
     monkeypatch.setattr(m, "descend", lambda opt, loss: seen.append((opt, loss)))
     torch.manual_seed(1)
-    agent.warm_up(*rows[:5], act)
+    agent.warm_start_update(*rows[:5], act)
     torch.manual_seed(1)
     torch.randn(10, 2)  # the critics' next actions
     sampled = m.sample_action(agent.policy, obs)[1].mean()
@@ -226,7 +226,7 @@ def test_temperature_rises_when_entropy_is_below_its_target():
 def test_the_game_begins_with_a_slow_policy_a_new_temperature_and_a_resting_model():
     agent, (_, rows) = m.ARMOR(2, 2, ARGS, CPU, VALUES), game()
     for _ in range(3):
-        agent.warm_up(*rows[:5], rows[1])
+        agent.warm_start_update(*rows[:5], rows[1])
     assert agent.policy_opt.param_groups[0]["lr"] == 5e-4 and agent.log_alpha["sac"] != 0 and agent.policy_opt.state
     agent.begin_game(some_reference(), m.Dynamics(2, 2, ARGS), never)
     assert agent.policy_opt.param_groups[0]["lr"] == 5e-7 and agent.log_alpha["sac"].exp() == 1
@@ -260,7 +260,9 @@ def test_fit_of_the_model_by_hand():
 def rollouts(terminates=never, rollout_margin=1e6, **flags):
     """Rollouts from 3 starts in data that spans [-1, 1]^2."""
     args = replace(ARGS, rollout_margin=rollout_margin, **flags)
-    return m.Rollouts(torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]), 2, 3, terminates, args)
+    made = m.Rollouts(torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0]]), 2, terminates, args)
+    made.states = torch.zeros(6, 2)
+    return made
 
 
 def test_rollouts_restart_every_h_updates_and_follow_the_model_between():
@@ -296,7 +298,7 @@ def test_rollouts_that_ended_overflowed_or_left_the_data_begin_again_in_the_mini
 
 def test_a_constant_column_of_the_data_cannot_be_left():
     """The noise of the model would end every rollout at its first step."""
-    r = m.Rollouts(torch.tensor([[-1.0, 7.0], [1.0, 7.0]]), 2, 3, never, replace(ARGS, rollout_margin=0.0))
+    r = m.Rollouts(torch.tensor([[-1.0, 7.0], [1.0, 7.0]]), 2, never, replace(ARGS, rollout_margin=0.0))
     stats = r.advance(1, torch.tensor([[0.0, 7.0]]).expand(3, 2), slope(0.5), slope(0.5), constant_model([0, 0.1, 0.1]))
     assert stats["model/rollout_left"] == 0
     torch.testing.assert_close(r.states, torch.tensor([[0.1, 7.1]]).expand(6, 2))
@@ -510,7 +512,7 @@ def test_atac_begins_where_armor_begins_and_may_take_its_warm_start(train, whole
     own = train(tmp_path / "own", flags := "--model-ratio 0 --eval-episodes 0")
     assert same(state(own, "warm_start"), state(whole, "warm_start"), *NETS)
     assert not {"model", "rollouts"} & state(own).keys()
-    monkeypatch.setattr(m.ARMOR, "warm_up", None)  # nothing is trained before the game
+    monkeypatch.setattr(m.ARMOR, "warm_start_update", None)  # nothing is trained before the game
     given = f"--warm-start-from {whole}/warm_start.pt"
     assert same(state(own), state(train(tmp_path / "taken", f"{flags} {given}")), *NETS)
     mopos = state(whole, "dynamics")
@@ -524,14 +526,14 @@ def test_atac_begins_where_armor_begins_and_may_take_its_warm_start(train, whole
 
 def test_a_run_improves_on_another_run(train, whole, tmp_path, monkeypatch):
     theirs, fitted, seen, steps = state(whole)["policy"], state(whole, "dynamics")["dynamics"], [], []
-    warm_up, advance = m.ARMOR.warm_up, m.Rollouts.advance
+    warm_up, advance = m.ARMOR.warm_start_update, m.Rollouts.advance
 
     def spy(self, step, starts, policy, reference, model):
         steps.append((step, starts, same({"M": fitted}, {"M": model.state_dict()}, "M")))
         assert same({"net": theirs}, {"net": reference.state_dict()}, "net")
         return advance(self, step, starts, policy, reference, model)
 
-    monkeypatch.setattr(m.ARMOR, "warm_up", lambda self, *a: (seen.append(a), warm_up(self, *a))[1])
+    monkeypatch.setattr(m.ARMOR, "warm_start_update", lambda self, *a: (seen.append(a), warm_up(self, *a))[1])
     monkeypatch.setattr(m.Rollouts, "advance", spy)
     folder = train(tmp_path, f"--reference {whole} --exp-name second")
     assert [len(a[0]) for a in seen] == [10] + 29 * [20] and {a[-1] for a in seen} == {None}  # nothing is cloned
