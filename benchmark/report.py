@@ -24,10 +24,10 @@ PUBLISHED = json.loads((RESULTS / "published.json").read_text())
 # Our name -> name in published tables, in the order of our rows.
 PRINTED = {
     "bc": "BC", "cql": "CQL", "romi_cql": "ROMI-CQL", "bcq": "BCQ", "fomi_bcq": "FOMI-BCQ", "romi_bcq": "ROMI-BCQ",
-    "romi_bcq_rbc": "ROMI-RBC-BCQ", "romi_bcq_cvae": "", "sac": "SAC", "mbpo": "MBPO", "mopo": "MOPO",
-    "combo_cql": "CQL", "combo": "COMBO", "atac": "ATAC", "armor": "ARMOR", "bc_expert": "BC-exp", "uds_iql": "UDS",
-    "sra_iql": "SRA", "uds_td3bc": "TD3BC", "sra_td3bc": "SRA+TD3BC", "uds_awac": "AWAC", "sra_awac": "SRA+AWAC",
-    "uds_sacn": "SAC-N", "sra_sacn": "SRA+SAC-N",
+    "romi_bcq_first": "ROMI-BCQ", "romi_bcq_rbc": "ROMI-RBC-BCQ", "romi_bcq_cvae": "", "sac": "SAC", "mbpo": "MBPO",
+    "mopo": "MOPO", "combo_cql": "CQL", "combo": "COMBO", "atac": "ATAC", "armor": "ARMOR", "bc_expert": "BC-exp",
+    "uds_iql": "UDS", "sra_iql": "SRA", "uds_td3bc": "TD3BC", "sra_td3bc": "SRA+TD3BC", "uds_awac": "AWAC",
+    "sra_awac": "SRA+AWAC", "uds_sacn": "SAC-N", "sra_sacn": "SRA+SAC-N",
 }  # fmt: skip
 # Flags that affect neither training nor evaluation, or have their own column.
 UNSEEN = "env env-id exp-name seed dataset expert-dataset total-updates run-dir checkpoint-every log-every num-threads"
@@ -113,13 +113,18 @@ def cells(runs):
             there = there[[updates in curve for curve in there.curve]]
             row = {"updates": updates, "seeds": [*there.seed], "curves": [*there.curve]}
             row["scores"] = [curve[updates] for curve in there.curve]
-            row["tails"] = [np.mean([y for x, y in curve.items() if x <= updates][-10:]) for curve in there.curve]
+            row["tails"] = [last_ten(curve, updates) for curve in there.curve]
             row["over"] = [s - r for s, r in zip(row["scores"], there.reference, strict=True) if pd.notna(r)]
             row["gain"] = [g[updates] for g in there.gain if g[updates] is not None]
             rows += [dict(zip(keys, key, strict=True)) | row] if row["seeds"] else []
     table, order = pd.DataFrame(rows), {name: i for i, name in enumerate(PRINTED)}
     table["rank"] = [order.get(name, 99) for name in table.algorithm]
     return table.sort_values(["setting", "rank", "algorithm", "data", "sha", "options", "updates"], kind="stable")
+
+
+def last_ten(curve, updates):
+    """Mean of the last ten evaluations (of all, if fewer) up to `updates`."""
+    return np.mean([y for x, y in curve.items() if x <= updates][-10:])
 
 
 # --- tables ---
@@ -152,10 +157,6 @@ def published(task, algorithm, unit):
     return f"{e['mean']:.1f}" + ("" if e["std"] is None else f" ± {e['std']:.1f}") + f" ({e['table']})"
 
 
-def thousands(n):
-    return f"{n:,}".replace(",", " ")
-
-
 def markdown(frame):
     head, *lines = [f"| {' | '.join(line)} |\n" for line in ([*frame.columns], *frame.astype(str).values.tolist())]
     return "".join([head, "|---" * len(frame.columns) + "|\n", *lines])
@@ -169,7 +170,7 @@ def setting_table(rows):
     table = pd.DataFrame({"algorithm": rows.algorithm})
     if len(set(data)) > 1:
         table["data"] = data
-    table["updates"] = rows.updates.map(thousands)
+    table["updates"] = rows.updates.map("{:,}".format).str.replace(",", " ")
     table["seeds"] = [", ".join(map(str, seeds)) for seeds in rows.seeds]
     table["last (each seed)"] = [spread(v, each=True) for v in rows.scores]
     table["95 %"] = ["{:.1f} to {:.1f}".format(*interval(v)) if len(v) > 2 else "-" for v in rows.scores]
@@ -210,14 +211,14 @@ def game_table(runs):
 
 def claim_table(rows):
     """claims.json with our numbers: of each algorithm those of most seeds, among equals not on repaired data, then of
-    the longest runs; all at the last update at which all were evaluated."""
+    the longest runs; all up to the last update at which all were evaluated."""
     order = [rows.seeds.map(len), rows.data != "repaired data", rows.updates]
     rows, lines = rows.iloc[np.lexsort(order[::-1])], []
     for claim in json.loads((HERE / "claims.json").read_text()):
         there = rows[rows.setting == claim["setting"]]
         best = [there[there.algorithm == name].iloc[-1] for name in claim["algorithms"]]
         updates = max(set.intersection(*(set(curve) for r in best for curve in r.curves))) if best else 0
-        scores = [spread([curve[updates] for curve in r.curves], each=True) for r in best]
+        scores = [spread([last_ten(curve, updates) for curve in r.curves], each=True) for r in best]
         ours = [f"{r.algorithm} {re.sub(' ± [^ ]+', '', text)}" for r, text in zip(best, scores, strict=True)]
         ours = [f"{', '.join(ours)}; {updates // 1000}k"] if best else []
         theirs = ", ".join(published(r.task, r.algorithm, r.unit) for r in best)
@@ -237,7 +238,7 @@ def case_study_table(results):
         maze += f", {in_words(study['task'], file.stem.split('__')[-1])}"
         for name, run in study["runs"].items():
             done, imagined = run["executed"], run.get("imagined", {"replay_error_1": None})
-            row = [maze, name, thousands(run["updates"])]
+            row = [maze, name, f"{run['updates']:,}".replace(",", " ")]
             row += [rounded(done["score"], 1), *(rounded(x.get("discrepancy")) for x in (done, imagined))]
             lines.append([*row, rounded([imagined["replay_error_1"]])])
     return markdown(pd.DataFrame(lines, columns=titles)) if lines else ""
@@ -317,16 +318,15 @@ def plot(results: Path = RESULTS, out: Path | None = None):
 
     out = out or (FIGURES if results.resolve() == RESULTS else results / "figures")
     out.mkdir(parents=True, exist_ok=True)
-    runs = read(results)
+    runs, colors = read(results), plt.get_cmap("tab20").colors  # dark and light in turn
     for setting, group in runs[~runs.setting.str.contains("-(?:references|games)$")].groupby("setting"):
         figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-        names = sorted(set(group.algorithm), key=lambda name: ([*PRINTED, name].index(name), name))
+        names = [*PRINTED, *sorted(set(group.algorithm) - {*PRINTED})]
         for (name, data), kind in group.groupby(["algorithm", "data"]):
-            style = {"color": plt.get_cmap("tab20").colors[names.index(name) % 20], "linewidth": 1.2}
-            style["linestyle"] = "--" if data == "repaired data" else "-"
+            color, line = colors[2 * names.index(name) % 19], "--" if data == "repaired data" else "-"
             label = f"{name}{f', {data}' if group.data.nunique() > 1 else ''}: {len(kind)} seed{'s' * (len(kind) > 1)}"
             for i, curve in enumerate(kind.curve):
-                axes.plot(*zip(*curve.items(), strict=True), label="_" * (i > 0) + label, **style)
+                axes.plot(*zip(*curve.items(), strict=True), label="_" * (i > 0) + label, color=color, linestyle=line)
         axes.set(title=f"{setting}, every run", xlabel="gradient updates", ylabel=group.unit.iloc[0])
         axes.grid(alpha=0.3)
         figure.legend(fontsize=8, loc="outside right upper")
