@@ -318,12 +318,12 @@ def plot(results: Path = RESULTS, out: Path | None = None):
 
     out = out or (FIGURES if results.resolve() == RESULTS else results / "figures")
     out.mkdir(parents=True, exist_ok=True)
-    runs, colors = read(results), plt.get_cmap("tab20").colors  # dark and light in turn
+    runs, colors = read(results), plt.get_cmap("Dark2").colors + plt.get_cmap("Set1").colors
     for setting, group in runs[~runs.setting.str.contains("-(?:references|games)$")].groupby("setting"):
         figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
         names = [*PRINTED, *sorted(set(group.algorithm) - {*PRINTED})]
         for (name, data), kind in group.groupby(["algorithm", "data"]):
-            color, line = colors[2 * names.index(name) % 19], "--" if data == "repaired data" else "-"
+            color, line = colors[names.index(name) % len(colors)], "--" if data == "repaired data" else "-"
             label = f"{name}{f', {data}' if group.data.nunique() > 1 else ''}: {len(kind)} seed{'s' * (len(kind) > 1)}"
             for i, curve in enumerate(kind.curve):
                 axes.plot(*zip(*curve.items(), strict=True), label="_" * (i > 0) + label, color=color, linestyle=line)
