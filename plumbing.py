@@ -106,7 +106,7 @@ def show_help(args_class, doc):
                 default = str(getattr(args_class, name))
             flag = f"--{name}".replace("_", "-") + (f" / --no-{name}".replace("_", "-") if kind == "bool" else "")
             choices = ", ".join(re.findall(r'"(\w+)"', kind)) or "True, False" * (kind == "bool | None")
-            aliases = "".join(f"also {alias}" for alias in re.findall(r'"(--[\w-]+)"', kind))
+            aliases = ", ".join(f"also {alias}" for alias in re.findall(r'"(--[\w-]+)"', kind))
             print(f"  {flag:40} {default:24} {'; '.join(filter(None, (choices, comment, aliases)))}")
     module = inspect.getmodule(args_class)
     if settings := getattr(module, "SETTINGS", None):

@@ -28,7 +28,8 @@ What the poster leaves open and what we do ("unverified": the paper's choice acc
      about as closely as states.
   3. M is one member of MOPO's ensemble (arXiv:2005.13239), R_M its mean reward, fitted first, with early stopping
      (unverified: for 100 000 steps). E_D excludes the holdout set of this fit, which shows whether the game harms M.
-  4. M and f_i step together. M's gradient also flows through a' ~ pi(.|s'_M), one sample per row, and f_target.
+  4. M and f_i step together; M's learning rate rises from 0 over 500 updates, its weight decay stays, its log-variance
+     bounds are fixed. M's gradient also flows through a' ~ pi(.|s'_M), one sample per row, and f_target.
   5. From ATAC's code: for beta > 1 the adversary's loss is divided by beta, for alpha > 1 the actor's by alpha; Proj_F
      bounds each layer's norm by 100; Proj_Pi is a learnt temperature, which steps before pi; w = 1/2, tau, gamma,
      learning rates, layer widths (unverified: as in ARMOR).
@@ -42,7 +43,7 @@ What the poster leaves open and what we do ("unverified": the paper's choice acc
      to the copy's if need be. Half of each batch in the warm start is then from M; data alone would leave other actions
      overestimated.
  10. H is the episode length (unverified). Rollouts that terminate (no bootstrap) or leave the range of the data by more
-     than 10 % restart from the states of the minibatch.
+     than 10 % restart from the states of the minibatch. Batches are half data, half D_model (its last 1 000 000 pairs).
  11. beta = 16 (ATAC's script; lightATAC: 3) and lambda = 10 000 were chosen on halfcheetah-jump (benchmarks.md); the
      paper's, one pair per dataset, are unknown. With a small lambda M bends to the critics instead of the data.
  12. ATAC (--model-ratio 0): E^w uses the data's r, s', terminals; L its actions, unless --reference is bc or a policy.

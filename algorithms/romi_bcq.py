@@ -26,8 +26,8 @@ Algorithm 1. Differences from the code:
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
      train the models; in the code only on antmaze.
-  4. RBC minimises Eq. 4; the code adds half an entropy bonus and takes the std for the variance. tanh's correction
-     log(1 - a^2) is exact, without + 1e-6.
+  4. RBC minimises Eq. 4; the code adds half an entropy bonus, takes the std for the variance and counts unused buffer
+     rows in the inputs' mean and std. tanh's correction log(1 - a^2) is exact, without + 1e-6.
   5. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
      rewarded positions; the code asks the environment. Hopper rollouts end below -100, too, not only above 100.
 """

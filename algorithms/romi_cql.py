@@ -23,12 +23,12 @@ goal are left. "l." is a line of ROMI's Algorithm 1. Differences from the code:
   2. Sampling by return is exact and with replacement, not from a sum tree; uniform if all weights are 0.
   3. Transitions at time limits are used if their successor was recorded; the code drops them. Terminal transitions
      train the models; in the code only on antmaze.
-  4. RBC minimises Eq. 4; the code adds half an entropy bonus and takes the std for the variance. tanh's correction
-     log(1 - a^2) is exact, without + 1e-6; the policy's mean is not clamped to +-9; PyTorch's initialisation.
+  4. RBC minimises Eq. 4; the code adds half an entropy bonus, takes the std for the variance and counts unused buffer
+     rows in the inputs' mean and std. tanh's correction is exact, without + 1e-6; means are not clamped to +-9.
   5. The temperature steps with the policy, not before it. No gradient flows through sampled actions in the penalty.
   6. --lagrange starts at --cql-alpha and keeps the unweighted penalty at the gap; the code starts at 1 and weights it.
   7. Elites are chosen on the holdout set of training; the code draws a new one. An antmaze's goal is estimated from
-     rewarded positions; the code asks the environment. Hopper rollouts end below -100, too, not only above 100.
+     rewarded positions; the code asks the environment. Hopper rollouts also end below -100. PyTorch's initialisation.
 """
 
 import copy

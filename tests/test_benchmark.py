@@ -122,6 +122,16 @@ def test_old_data_are_named(tmp_path):
     assert [row["data"] for row in table_of(tmp_path, "maze2d-umaze-v1")] == ["D4RL's script", "repaired data"]
 
 
+def test_claims_quote_the_last_ten_evaluations_up_to_the_last_common_update(tmp_path, monkeypatch):
+    made_up(tmp_path, "cql", 0, [float(k) for k in range(1, 13)])  # 3 to 12 count: 7.5
+    made_up(tmp_path, "bc", 0, [100.0, *[0.0] * 11, 50.0])  # 12 are common; neither the first nor the 13th counts
+    claim = {"claim": "c", "setting": "hopper-medium-v2", "algorithms": ["cql", "bc"], "verdict": "v", "why": "w"}
+    (tmp_path / "claims.json").write_text(json.dumps([claim]))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    [row] = rows_of(report.claim_table(report.cells(report.read(tmp_path))))
+    assert row["ours"] == "cql 7.5, bc 0.0; 12k"
+
+
 def test_armors_gain_over_its_reference(tmp_path):
     """hopper: a random policy returns -20.3, an expert 3234.3."""
     for seed, last in ((0, 20.0), (1, 40.0)):

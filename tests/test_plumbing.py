@@ -348,6 +348,7 @@ def test_help_names_flags_that_exist(capsys):
     assert "--no-bf16" in lines["--bf16"] and "True, False" not in lines["--bf16"]
     assert "--no-" not in lines["--priority-rollout"] and "True, False" in lines["--priority-rollout"]
     assert "cvae, uniform, rbc" in lines["--rollout-policy"]
+    assert lines["--env"].endswith("; also --env-id")
 
 
 def test_out_of_memory_without_any_size(monkeypatch, capsys):
